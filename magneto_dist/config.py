@@ -1,0 +1,354 @@
+"""Every setting: one dataclass per concern, every field with meaning, unit and scope.
+
+The same names are YAML keys and command-line options (`--section.field value`). A value is checked
+when its dataclass is made; what is wrong is an InputError that names the key. "Global" means over
+all ranks, "per rank" means in each process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from magneto_dist.errors import InputError
+
+ModelKind = Literal["magneto", "tf-it", "tf-t", "ff"]
+Decoder = Literal["auto", "cpu", "dali_cpu", "dali_gpu"]
+Precision = Literal["no", "fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How a picture becomes pixels (paper, appendix A.5)."""
+
+    image_size: int = 224
+    """Side of the square that the model sees, in pixels."""
+    crop_scale_min: float = 0.3
+    """Training: smallest area of the random crop, as a fraction of the picture's area."""
+    crop_scale_max: float = 1.0
+    """Training: largest area of the random crop, as a fraction of the picture's area."""
+    crop_aspect_max: float = 4 / 3
+    """Training: widest aspect ratio of the random crop; the narrowest is its inverse."""
+    flip_probability: float = 0.5
+    """Training: probability of a horizontal flip."""
+    policy: Literal["none", "imagenet"] = "imagenet"
+    """Training: AutoAugment policy applied after crop and flip."""
+    eval_crop_fraction: float = 0.875
+    """Evaluation: side of the centre crop as a fraction of the shorter side."""
+
+    def __post_init__(self) -> None:
+        _require(self.image_size >= 1, "augment.image_size", self.image_size, "at least 1")
+        _require(
+            0 < self.crop_scale_min <= self.crop_scale_max <= 1,
+            "augment.crop_scale_min",
+            self.crop_scale_min,
+            "0 < crop_scale_min <= crop_scale_max <= 1",
+        )
+        _require(self.crop_aspect_max >= 1, "augment.crop_aspect_max", self.crop_aspect_max, ">= 1")
+        _fraction("augment.flip_probability", self.flip_probability)
+        _fraction("augment.eval_crop_fraction", self.eval_crop_fraction)
+        _require(self.eval_crop_fraction > 0, "augment.eval_crop_fraction", 0, "above 0")
+
+
+@dataclass(frozen=True)
+class TagsConfig:
+    """How a tag list becomes slots, and tag adding & dropping (paper, section 5.1)."""
+
+    max_tags: int = 64
+    """Slots per item, the paper's l."""
+    beta_add: float = 0.3
+    """Tag-adding: most tags added, as a fraction of the item's unimportant tags (beta)."""
+    beta_drop: float = 0.3
+    """Tag-dropping: most tags dropped, as a fraction of the item's unimportant tags (beta hat)."""
+    irrelevant_ratio: float = 0.5
+    """Pre-training: irrelevant tags added, as a fraction of the item's tags (at least one tag)."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_tags >= 1, "tags.max_tags", self.max_tags, "at least 1")
+        for name in ("beta_add", "beta_drop", "irrelevant_ratio"):
+            value = getattr(self, name)
+            _require(value >= 0, f"tags.{name}", value, "at least 0")
+        _fraction("tags.beta_drop", self.beta_drop)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they reach the model."""
+
+    path: str | None = None
+    """Data set: folder or URL prefix with dataset.json; None: the demo data, made on first use."""
+    decoder: Decoder = "auto"
+    """Who decodes pictures; auto: dali_gpu where a GPU and DALI are present, else cpu."""
+    num_workers: int | None = None
+    """Loader processes per rank; 0: none, load in the training process; None: cores - 1, 1 to 8."""
+    prefetch_batches: int = 4
+    """Micro-batches that each loader process keeps ready."""
+    ledger: bool = False
+    """Write the keys of all trained samples to RUN_DIR/ledger, one file per rank."""
+    num_streams: int = 64
+    """Spans into which an epoch is cut; a power of two. A global batch draws from all in turn."""
+    shuffle_window: int = 2048
+    """Samples permuted together within a span."""
+    max_bad_fraction: float = 0.01
+    """Quarantined fraction of a split above which the run stops; one bad sample is allowed."""
+    max_image_megapixels: float = 100.0
+    """Pictures larger than this (by their header, in 1e6 pixels) are refused as bombs."""
+    cache_dir: str | None = None
+    """Folder for shards of remote data sets; None: ~/.cache/magneto_dist/shards."""
+    cache_gb: float = 200.0
+    """Most disk space for cached remote shards, in 1e9 bytes per node."""
+    constant_image: bool = False
+    """Ablation: replace every picture by grey, to see what the tags alone can do."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_workers is None or self.num_workers >= 0,
+            "data.num_workers",
+            self.num_workers,
+            "None or at least 0",
+        )
+        _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, ">= 1")
+        _require(
+            self.num_streams >= 1 and self.num_streams & (self.num_streams - 1) == 0,
+            "data.num_streams",
+            self.num_streams,
+            "a power of two",
+        )
+        _require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, ">= 1")
+        _fraction("data.max_bad_fraction", self.max_bad_fraction)
+        _require(
+            self.max_image_megapixels > 0,
+            "data.max_image_megapixels",
+            self.max_image_megapixels,
+            "above 0",
+        )
+        _require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "above 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """MAGNeto and its baselines (paper, figure 2 and appendix A)."""
+
+    kind: ModelKind = "magneto"
+    """magneto: two streams and a gate; tf-it: image stream; tf-t: tag stream; ff: no attention."""
+    d_model: int = 512
+    """Features per tag and per image region."""
+    num_heads: int = 8
+    """Attention heads."""
+    d_ff: int = 2048
+    """Features inside feed-forward blocks and the gate."""
+    dropout: float = 0.1
+    """Dropout probability everywhere (appendix A.3: one value for the whole architecture)."""
+    image_layers: int = 2
+    """Encoder layers of the image stream, the paper's N."""
+    tag_layers: int = 6
+    """Encoder layers of the tag stream (or residual blocks of ff), the paper's M."""
+    backbone: str = "resnet50"
+    """A torchvision classification model by name, e.g. resnet18, resnet50, mobilenet_v2."""
+    backbone_weights: str = "none"
+    """none, imagenet (torchvision's default weights), or the path of a state_dict."""
+    backbone_stages: int | None = None
+    """Keep only the first stages of the backbone (resnet: stem, layer1 ... layer4); None: all."""
+    frozen_stages: int | Literal["all"] = 4
+    """First stages that are never trained; the paper's "first 3 residual blocks" of a ResNet are 4
+    (stem and layer1 to layer3); "all" freezes the whole backbone, 0 none of it."""
+    backbone_batch_norm: Literal["ghost", "frozen", "local", "sync"] = "frozen"
+    """Batch norms in the trained stages of the backbone; ghost: see batch_norm_group_size."""
+    projection_batch_norm: Literal["ghost", "local", "sync"] = "ghost"
+    """The batch norm after the 1x1 convolution."""
+    batch_norm_group_size: int = 16
+    """Ghost batch norm: consecutive rows of the global batch whose statistics are shared; the unit
+    in which a global batch is cut over ranks, so that results do not depend on their number."""
+    tag_embedding_init: str | None = None
+    """word2vec or GloVe text file to start the tag embedding from."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "d_model",
+            "num_heads",
+            "d_ff",
+            "image_layers",
+            "tag_layers",
+            "batch_norm_group_size",
+        ):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        _require(
+            self.d_model % self.num_heads == 0,
+            "model.num_heads",
+            self.num_heads,
+            f"a divisor of model.d_model ({self.d_model})",
+        )
+        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 <= dropout < 1")
+        _require(
+            self.backbone_stages is None or self.backbone_stages >= 1,
+            "model.backbone_stages",
+            self.backbone_stages,
+            "None or at least 1",
+        )
+        _require(
+            self.frozen_stages == "all" or self.frozen_stages >= 0,
+            "model.frozen_stages",
+            self.frozen_stages,
+            '"all" or at least 0',
+        )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The objective (paper, section 3.2)."""
+
+    kind: Literal["bce", "bce-dice"] = "bce-dice"
+    """Per head: equation 2 alone, or equation 4."""
+    auxiliary: bool = True
+    """Add the losses of both streams (equation 5); False: the gated output alone."""
+    normalisation: Literal["slots", "tags"] = "slots"
+    """BCE is averaged over all slots, padding included (as published), or over real tags."""
+    dice_smoothing: float = 1.0
+    """Added to numerator and denominator of the Dice ratio."""
+
+    def __post_init__(self) -> None:
+        _require(self.dice_smoothing > 0, "loss.dice_smoothing", self.dice_smoothing, "above 0")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD and its schedule (paper, appendix A.4)."""
+
+    lr: float = 1e-2
+    """Learning rate at global_batch_size, after warm-up."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    weight_decay: float = 0.0
+    """L2 penalty."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "plateau", "cosine"] = "constant"
+    """plateau: times plateau_factor when validation loss stalls; cosine: to 0 at the last step."""
+    plateau_factor: float = 0.1
+    """Factor of the plateau schedule."""
+    plateau_patience: int = 5
+    """Evaluations without improvement that the plateau schedule waits for."""
+    clip_norm: float = 0.0
+    """Largest gradient norm, global; 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", self.lr, "above 0")
+        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 <= momentum < 1")
+        for name in ("weight_decay", "warmup_steps", "clip_norm", "plateau_patience"):
+            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "at least 0")
+        _require(
+            0 < self.plateau_factor < 1,
+            "optim.plateau_factor",
+            self.plateau_factor,
+            "0 < plateau_factor < 1",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run as a whole."""
+
+    global_batch_size: int = 256
+    """Samples per optimizer step, over all ranks."""
+    max_micro_batch_size: int = 256
+    """Most samples per forward pass and rank; smaller needs less memory and accumulates more."""
+    epochs: int = 10
+    """Passes over the training split."""
+    eval_every_epochs: int = 1
+    """Epochs between evaluations; the end of the run is always evaluated."""
+    precision: Precision = "no"
+    """Mixed precision: no (float32), fp16 (Turing and later), bf16 (Ampere and later, CPU)."""
+    param_dtype: Literal["float32", "float64"] = "float32"
+    """float64 is for checking equality over ranks; slow."""
+    objective: Literal["important", "relevance"] = "important"
+    """important: supervised; relevance: unsupervised pre-training (section 5.2)."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    channels_last: bool = True
+    """Memory format of the convolutions."""
+    threshold: float = 0.5
+    """Probability from which a tag counts as predicted."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "max_micro_batch_size", "epochs", "eval_every_epochs"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _require(
+            self.param_dtype == "float32" or self.precision == "no",
+            "train.param_dtype",
+            self.param_dtype,
+            "float32 with mixed precision",
+        )
+        _fraction("train.threshold", self.threshold)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run while it goes on."""
+
+    every_steps: int = 1000
+    """Global steps between checkpoints; one is always written at the end of every evaluation."""
+    keep: int = 2
+    """Newest checkpoints kept, besides the best by validation F1."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "at least 1")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run tells."""
+
+    every_steps: int = 10
+    """Global steps between lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write RUN_DIR/tensorboard."""
+    pictures: int = 16
+    """Validation pictures shown in TensorBoard; 0: none."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1")
+        _require(self.pictures >= 0, "log.pictures", self.pictures, "at least 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a training run."""
+
+    output_dir: str = "runs/default"
+    """RUN_DIR: configuration, metrics, checkpoints; one writer at a time."""
+    resume: str = "auto"
+    """auto: the newest complete checkpoint in RUN_DIR, if any; never; or a checkpoint's path."""
+    init_from: str | None = None
+    """RUN_DIR of a (pre-)trained model to start from; copies weights, not progress."""
+    seed: int = 0
+    """Seed of order, augmentation, initial weights and dropout."""
+    max_steps: int | None = None
+    """Stop after this many global steps, even if epochs are left."""
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    tags: TagsConfig = field(default_factory=TagsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", self.seed, "at least 0")
+        _require(
+            self.max_steps is None or self.max_steps >= 1,
+            "max_steps",
+            self.max_steps,
+            "None or at least 1",
+        )
+
+
+def _require(holds: bool, key: str, given: object, allowed: str) -> None:
+    if not holds:
+        raise InputError(f"--{key} {given}: must be {allowed}")
+
+
+def _fraction(key: str, value: float) -> None:
+    _require(0 <= value <= 1, key, value, "between 0 and 1")
