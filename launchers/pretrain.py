@@ -1,0 +1,21 @@
+"""Pre-trains both streams to tell relevant from irrelevant tags (section 5.2); needs no labels.
+
+accelerate launch launchers/pretrain.py --config configs/pretrain_ls.yaml --data.path DIR
+"""
+
+from pathlib import Path
+
+from magneto_dist.config_io import parse_command_line
+from magneto_dist.errors import exit_with_clear_errors
+from magneto_dist.recipe import run_training
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "pretrain_nuswide.yaml"
+
+
+def main() -> None:
+    """Command line -> trained model in --output_dir."""
+    run_training(parse_command_line(str(__doc__), DEFAULT_CONFIG))
+
+
+if __name__ == "__main__":
+    exit_with_clear_errors(main)

@@ -1,0 +1,22 @@
+"""Trains MAGNeto on a data set of shards; without arguments, on the demo data, end to end.
+
+accelerate launch launchers/train_ls.py
+accelerate launch launchers/train_ls.py --config configs/ls.yaml --data.path DIR_OR_URL
+"""
+
+from pathlib import Path
+
+from magneto_dist.config_io import parse_command_line
+from magneto_dist.errors import exit_with_clear_errors
+from magneto_dist.recipe import run_training
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
+
+
+def main() -> None:
+    """Command line -> trained model in --output_dir."""
+    run_training(parse_command_line(str(__doc__), DEFAULT_CONFIG))
+
+
+if __name__ == "__main__":
+    exit_with_clear_errors(main)

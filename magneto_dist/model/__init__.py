@@ -1,0 +1,1 @@
+"""Batch -> Prediction: plain modules that know neither data sets nor ranks."""

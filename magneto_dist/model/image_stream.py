@@ -1,0 +1,96 @@
+"""Tags and pixels -> features of the tags (paper, section 3.1).
+
+1. The backbone, a 1x1 convolution and a batch norm make N x N regions of d_model features.
+2. Every tag looks at all regions: multi-head attention, tags as queries.
+3. A Transformer encoder relates the results to each other.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+
+from magneto_dist.config import ModelConfig
+from magneto_dist.errors import InputError
+from magneto_dist.model.backbone import build_backbone
+from magneto_dist.model.encoder import TransformerEncoder
+from magneto_dist.model.norm import GhostBatchNorm2d, share_row_validity
+
+
+class ImageStream(nn.Module):
+    """The visual stream of MAGNeto, and all of TF-it but embedding and head.
+
+    Attention from tags to regions stands alone as in figure 2: no residual branch, which would let
+    tags pass by the image. The paper's text leaves the function after it open; like the authors'
+    code we take ReLU, then dropout.
+
+    Args:
+        config: everything about backbone, attention and encoder.
+
+    Raises:
+        InputError: as for `build_backbone`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone = build_backbone(config)
+        # No bias: the batch norm takes every constant away.
+        self.projection = nn.Conv2d(self.backbone.out_channels, config.d_model, 1, bias=False)
+        self.projection_norm = _projection_norm(config)
+        self.attention = nn.MultiheadAttention(
+            config.d_model, config.num_heads, config.dropout, batch_first=True
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        self.encoder = TransformerEncoder(config, config.image_layers)
+        self._rows = share_row_validity(self)
+
+    def forward(
+        self,
+        tags: Float[Tensor, "batch slot d_model"],
+        tag_mask: Bool[Tensor, "batch slot"],
+        pixels: UInt8[Tensor, "batch 3 height width"] | None,
+        sample_valid: Bool[Tensor, " batch"] | None,
+    ) -> Float[Tensor, "batch slot d_model"]:
+        """Features of every slot, ready for the head and the gate.
+
+        Rows that are not valid stay out of ghost batch statistics (not of "local" or "sync" ones).
+
+        Raises:
+            InputError: there are no pixels, or "sync" batch norm would train on a CPU.
+        """
+        if pixels is None:
+            raise InputError(
+                "this model needs pictures and the data set has none; --model.kind tf-t and ff"
+                " work on tags alone"
+            )
+        regions = self.regions(pixels, sample_valid)
+        seen, _ = self.attention(tags, regions, regions, need_weights=False)
+        return self.encoder(self.dropout(torch.relu(seen)), tag_mask)
+
+    def regions(
+        self,
+        pixels: UInt8[Tensor, "batch 3 height width"],
+        sample_valid: Bool[Tensor, " batch"] | None,
+    ) -> Float[Tensor, "batch region d_model"]:
+        """The N x N grid regions of every picture, flattened row by row."""
+        if self.training:
+            self._check_device(pixels.device)
+            self._rows.valid = sample_valid
+        grid = self.projection_norm(self.projection(self.backbone(pixels)))
+        self._rows.valid = None
+        return grid.permute(0, 2, 3, 1).flatten(1, 2)  # free of copies in channels-last
+
+    def _check_device(self, device: torch.device) -> None:
+        if device.type == "cpu" and any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
+            raise InputError(
+                "batch norm of kind sync trains on GPUs only; on CPU set"
+                " --model.projection_batch_norm and --model.backbone_batch_norm to ghost"
+            )
+
+
+def _projection_norm(config: ModelConfig) -> nn.Module:
+    if config.projection_batch_norm == "ghost":
+        return GhostBatchNorm2d(config.d_model, config.batch_norm_group_size)
+    norms = {"local": nn.BatchNorm2d, "sync": nn.SyncBatchNorm}
+    return norms[config.projection_batch_norm](config.d_model)

@@ -1,0 +1,271 @@
+"""From a Config to a trained model: puts the parts of a run together, in order.
+
+1. Join the processes; take the run folder (one writer).
+2. Open the data, derive the micro-batches, build model and optimizer.
+3. Resume from the newest complete checkpoint, or initialise.
+4. Train; evaluate as the loop asks; write summary and final table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from magneto_dist.batch import Batch, Prediction
+from magneto_dist.config import Config
+from magneto_dist.data.loader import Loader
+from magneto_dist.data.order import BatchPlan
+from magneto_dist.data.randomness import seed_for
+from magneto_dist.data.shards import Dataset
+from magneto_dist.data.sources.demo import ensure_demo
+from magneto_dist.errors import InputError, PreemptedError
+from magneto_dist.evaluation import evaluate
+from magneto_dist.model.embedding import load_tag_embedding
+from magneto_dist.model.magneto import build_model
+from magneto_dist.report import final_table
+from magneto_dist.training.checkpoint import (
+    Progress,
+    load_optimizer,
+    load_weights,
+    read_progress,
+    save_checkpoint,
+)
+from magneto_dist.training.loop import Job, train
+from magneto_dist.training.optim import Schedule, build_optimizer
+from magneto_dist.training.process import StopRequest, die_with_launcher
+from magneto_dist.training.resume import checkpoint_to_resume, fingerprint, initialise_from
+from magneto_dist.training.run_folder import RunFolder
+from magneto_dist.training.session import Session
+from magneto_dist.training.telemetry import Telemetry
+
+
+def run_training(config: Config) -> None:
+    """Trains as `config` says and leaves a complete run folder.
+
+    Raises:
+        InputError: bad configuration or input, before anything is written where possible.
+        PreemptedError: stopped by a signal after saving.
+    """
+    die_with_launcher()
+    stop = StopRequest()
+    session = Session(config.train)
+    with _run_folder(session, config) as run:
+        _train_in_folder(config, session, stop, run)
+    session.close()
+
+
+@contextmanager
+def _run_folder(session: Session, config: Config) -> Iterator[RunFolder | None]:
+    """The run folder, held by the main process; its status tells how the run ended."""
+    held: list[RunFolder] = []
+    session.from_main(lambda: held.append(RunFolder(Path(config.output_dir))))
+    run = held[0] if held else None
+    try:
+        yield run
+    except BaseException as error:
+        if run is not None:
+            state = "preempted" if isinstance(error, PreemptedError) else "failed"
+            run.write_status(state, _newest_step(run.path), str(error) or type(error).__name__)
+        raise
+    finally:
+        if run is not None:
+            run.close()
+
+
+def _newest_step(run_dir: Path) -> int:
+    folders = sorted((run_dir / "checkpoints").glob("step-*"))
+    return int(folders[-1].name.removeprefix("step-")) if folders else 0
+
+
+def _train_in_folder(
+    config: Config, session: Session, stop: StopRequest, run: RunFolder | None
+) -> None:
+    dataset = _open_data(config)
+    checkpoint = session.from_main(lambda: checkpoint_to_resume(config, dataset))
+    start = read_progress(checkpoint) if checkpoint else Progress()
+    plan = _plan(config, session, start)
+    loader = Loader(dataset, "train", config, session.world, plan, training=True)
+    total_steps = _total_steps(config, loader)
+    if checkpoint and start.step >= total_steps and start.evaluated:
+        if run is not None:
+            run.write_status("done", start.step)
+            print(f"{config.output_dir} is finished: {start.step} of {total_steps} steps are done")
+        return
+    if run is not None:
+        run.write_settings(config, dataset.vocabulary)
+        run.write_status("running", start.step)
+    torch.manual_seed(seed_for(config.seed, "initial weights"))
+    model = _build(config, dataset)
+    if checkpoint:
+        load_weights(checkpoint, model)
+    elif config.init_from:
+        initialise_from(model, Path(config.init_from), config)
+    schedule = Schedule(config.optim, total_steps)
+    wrapped, optimizer = session.prepare(
+        model, build_optimizer(model, config.optim), plan, config.optim.clip_norm
+    )
+    if checkpoint:
+        load_optimizer(session, checkpoint, wrapped, optimizer)
+        schedule.load_state_dict(start.schedule)
+    start = replace(
+        start,
+        num_ranks=session.world.num_ranks,
+        micro_batch_size=plan.micro_batch_size,
+        micro_steps=plan.micro_steps,
+        deepspeed=session.is_deepspeed,
+        data_fingerprint=fingerprint(dataset),
+        schedule=schedule.state_dict(),
+    )
+    run_dir = Path(config.output_dir)
+    with Telemetry(run_dir, session, config, start, total_steps, loader.steps_per_epoch) as log:
+        job = Job(
+            config=config,
+            session=session,
+            model=wrapped,
+            optimizer=optimizer,
+            schedule=schedule,
+            loader=loader,
+            plan=plan,
+            telemetry=log,
+            stop=stop,
+            evaluate=_Evaluation(config, session, dataset, plan, wrapped, log),
+            save=_Save(config, session, run, wrapped, optimizer, log),
+        )
+        end = train(job, start)
+    if run is not None:
+        summary = _summary(end, session, loader)
+        run.write_summary(summary)
+        run.write_status("done", end.step)
+        print(final_table(end.validation))
+        print(f"run folder: {run.path}   ({summary['images_per_second']:.0f} images/s)")
+
+
+def _open_data(config: Config) -> Dataset:
+    path = config.data.path or str(ensure_demo())
+    dataset = Dataset.open(path, config.data.cache_dir, config.data.cache_gb)
+    for split in ("train", "validation"):
+        if not dataset.splits.get(split) or dataset.num_samples(split) == 0:
+            raise InputError(f"{path}: training needs items in the split {split!r}; it has none")
+        num_unlabelled = dataset.num_samples(split) - dataset.num_labelled(split)
+        if num_unlabelled and config.train.objective == "important":
+            raise InputError(
+                f"{path}: {num_unlabelled} items of {split!r} have no 'important' labels; train on"
+                " labelled items, or use launchers/pretrain.py, which needs none"
+            )
+    if not dataset.has_images and config.model.kind in ("magneto", "tf-it"):
+        raise InputError(
+            f"{path} holds no pictures, and --model.kind {config.model.kind} looks at them; use"
+            " tf-t or ff"
+        )
+    return dataset
+
+
+def _plan(config: Config, session: Session, start: Progress) -> BatchPlan:
+    size = config.train.global_batch_size
+    if start.step and start.num_ranks == session.world.num_ranks:
+        return BatchPlan(size, start.num_ranks, start.micro_batch_size, start.micro_steps)
+    return BatchPlan.derive(
+        global_batch_size=size,
+        num_ranks=session.world.num_ranks,
+        max_micro_batch_size=config.train.max_micro_batch_size,
+        group_size=config.model.batch_norm_group_size,
+    )
+
+
+def _total_steps(config: Config, loader: Loader) -> int:
+    steps = config.train.epochs * loader.steps_per_epoch
+    return min(steps, config.max_steps or steps)
+
+
+def _build(config: Config, dataset: Dataset) -> nn.Module:
+    supervised = config.train.objective == "important"
+    model = build_model(config.model, len(dataset.vocabulary), gate=supervised)
+    if config.model.tag_embedding_init:
+        path = Path(config.model.tag_embedding_init)
+        coverage = load_tag_embedding(model, dataset.vocabulary, path)
+        print(f"{path}: vectors for {coverage:.1%} of {len(dataset.vocabulary)} tags")
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if config.train.param_dtype == "float64":
+        model = model.double()
+    if config.train.compile:
+        model.compile()
+    return model
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Called by the loop at a step: validation metrics, the same on all ranks."""
+
+    config: Config
+    session: Session
+    dataset: Dataset
+    plan: BatchPlan
+    model: nn.Module
+    telemetry: Telemetry
+
+    def __call__(self, step: int) -> dict:
+        config, world = self.config, self.session.world
+        loader = Loader(self.dataset, "validation", config, world, self.plan, training=False)
+        batches = loader.batches(1, loader.steps_per_epoch)
+        with self.telemetry.paused():
+            self.model.eval()
+            result = evaluate(
+                self._predict,
+                (batch.to(self.session.device) for batch in batches),
+                reduce=self.session.reduce_sum,
+                loss_config=config.loss,
+                max_tags=config.tags.max_tags,
+                threshold=config.train.threshold,
+                num_tags=len(self.dataset.vocabulary),
+            )
+            self.model.train()
+            self.telemetry.evaluation_done(step, result)
+        return result
+
+    def _predict(self, batch: Batch) -> Prediction:
+        with torch.no_grad():
+            return self.model(**batch.inputs())
+
+
+@dataclass(frozen=True)
+class _Save:
+    """Called by the loop: log and ledger first, so that a checkpoint never runs ahead of them."""
+
+    config: Config
+    session: Session
+    run: RunFolder | None
+    model: nn.Module
+    optimizer: Any
+    telemetry: Telemetry
+
+    def __call__(self, progress: Progress) -> None:
+        run_dir = Path(self.config.output_dir)
+        with self.telemetry.paused():
+            self.telemetry.flush()
+            self.session.barrier()
+            save_checkpoint(
+                self.session, run_dir, self.model, self.optimizer, progress, self.config
+            )
+            if self.run is not None:
+                self.run.write_status("running", progress.step)
+
+
+def _summary(end: Progress, session: Session, loader: Loader) -> dict[str, Any]:
+    return {
+        "step": end.step,
+        "epoch": (end.step - 1) // loader.steps_per_epoch,
+        "world_size": session.world.num_ranks,
+        "images_per_second": end.trained_items / max(end.train_s, 1e-9),
+        "data_wait_fraction": end.data_wait_s / max(end.train_s, 1e-9),
+        "trained_items": end.trained_items,
+        "tags_cut": end.tags_cut,
+        "best": {"step": end.best_step, "f1": end.best_f1},
+        "validation": end.validation,
+    }

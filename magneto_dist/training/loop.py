@@ -1,0 +1,194 @@
+"""The one training loop. Supervised training, NUS-WIDE and pre-training hand it different parts.
+
+1. Fetch the micro-batches of a step; reduce their counts once, so that every loss is global.
+2. Forward and backward of each; the optimizer steps.
+3. Where due: evaluate, let the schedule observe the loss, save.
+4. If somebody on any rank asked to stop, every rank saves at the same step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from magneto_dist.batch import Batch
+from magneto_dist.config import Config
+from magneto_dist.data.loader import Loader
+from magneto_dist.data.order import BatchPlan
+from magneto_dist.data.randomness import seed_for
+from magneto_dist.errors import PreemptedError
+from magneto_dist.loss import count_for_loss, ets_loss
+from magneto_dist.metrics import metric_sums
+from magneto_dist.model.norm import commit_batch_norm_statistics, reset_batch_norm_statistics
+from magneto_dist.training.checkpoint import Progress
+from magneto_dist.training.optim import Schedule
+from magneto_dist.training.process import StopRequest
+from magneto_dist.training.session import Session
+from magneto_dist.training.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop works with; `evaluate` and `save` are collectives."""
+
+    config: Config
+    session: Session
+    model: nn.Module
+    optimizer: Any
+    schedule: Schedule
+    loader: Loader
+    plan: BatchPlan
+    telemetry: Telemetry
+    stop: StopRequest
+    evaluate: Callable[[int], dict]
+    """Validation metrics at a step, the same on all ranks."""
+    save: Callable[[Progress], None]
+    """Writes a checkpoint; log and ledger are on disk before it is marked complete."""
+
+    @property
+    def total_steps(self) -> int:
+        """The step at which the run is done."""
+        steps = self.config.train.epochs * self.loader.steps_per_epoch
+        return min(steps, self.config.max_steps or steps)
+
+
+class Counts(NamedTuple):
+    """Sums over the global batch, as plain numbers."""
+
+    items: float
+    """Valid samples."""
+    tags: float
+    """Real tags of valid samples."""
+    tags_cut: float
+    """Tags that found no slot."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step leaves behind, not yet reduced over ranks."""
+
+    loss: Tensor
+    """This rank's part of the global loss."""
+    sums: dict[str, Tensor]
+    """Metric sums of this rank's rows; empty where nothing is logged."""
+    gradient_norm: Tensor | None
+
+
+def train(job: Job, progress: Progress) -> Progress:
+    """Trains from `progress` to the end of the run.
+
+    Raises:
+        PreemptedError: stopped by a signal after saving.
+    """
+    _settle_gradient_buckets(job)
+    if _evaluation_is_due(job, progress.step) and not progress.evaluated:
+        progress = _evaluate_and_save(job, progress)
+    batches = job.loader.batches(progress.step + 1, job.total_steps)
+    for step in range(progress.step + 1, job.total_steps + 1):
+        with job.telemetry.waiting_for_data():
+            micro_batches = list(itertools.islice(batches, job.plan.micro_steps))
+        counts, stop = _reduce_counts(job, micro_batches)
+        lr = job.schedule.apply(job.optimizer, step)
+        result = train_step(job, micro_batches, counts, log=job.telemetry.logs(step))
+        progress = replace(
+            progress,
+            step=step,
+            evaluated=False,
+            trained_items=progress.trained_items + int(counts.items),
+            tags_cut=progress.tags_cut + int(counts.tags_cut),
+        )
+        progress = job.telemetry.step_done(progress, micro_batches, result, lr)
+        if _evaluation_is_due(job, step):
+            # Asked to stop, a scheduler may give us less time than an evaluation takes.
+            progress = progress if stop else _evaluate_and_save(job, progress)
+        elif step % job.config.checkpoint.every_steps == 0 and not stop:
+            job.save(progress)
+        if stop:
+            job.save(progress)
+            raise PreemptedError(f"stopped by a signal after step {step}; everything is saved")
+    return progress
+
+
+def train_step(
+    job: Job, micro_batches: Sequence[Batch], counts: Counts, *, log: bool
+) -> StepResult:
+    """One optimizer step over the micro-batches of this rank.
+
+    Args:
+        job: the parts of the run.
+        micro_batches: on CPU or pinned memory.
+        counts: of the global batch.
+        log: whether the metrics of this step will be logged.
+    """
+    session, config = job.session, job.config
+    normaliser = torch.tensor([counts.items, counts.tags], dtype=torch.float64).to(session.device)
+    loss, sums = torch.zeros((), device=session.device), {}
+    for batch in micro_batches:
+        batch = batch.to(session.device)
+        # Dropout belongs to its place in the run, so that a resumed run draws what it would have.
+        torch.manual_seed(seed_for(config.seed, batch.step, batch.micro_step, session.world.rank))
+        with session.micro_step(job.model, is_last=batch.micro_step == job.plan.micro_steps - 1):
+            prediction = job.model(**batch.inputs())
+            part = ets_loss(prediction, batch, normaliser, config.loss).total
+            session.backward(part)
+        loss = loss + part.detach()
+        if log:
+            new = metric_sums(prediction, batch, config.train.threshold)
+            sums = {name: value + sums.get(name, 0) for name, value in new.items()}
+    gradient_norm = session.step(job.model, job.optimizer)
+    commit_batch_norm_statistics(session.unwrap(job.model), session.reduce_sum)
+    return StepResult(loss, sums, gradient_norm)
+
+
+def _reduce_counts(job: Job, micro_batches: Sequence[Batch]) -> tuple[Counts, bool]:
+    """Counts of the global batch, and whether any rank was asked to stop: one collective."""
+    items_and_tags = torch.stack([count_for_loss(batch) for batch in micro_batches]).sum(0)
+    tags_cut = sum(int(batch.tags_cut.sum()) for batch in micro_batches)
+    asked = job.stop.signal is not None
+    local = torch.cat([items_and_tags, items_and_tags.new_tensor([tags_cut, asked])])
+    if job.session.world.num_ranks > 1:
+        local = job.session.reduce_sum(local)
+    *counts, stop = local.tolist()  # with ranks on GPUs, a device synchronisation
+    return Counts(*counts), stop > 0
+
+
+def _evaluation_is_due(job: Job, step: int) -> bool:
+    if step == 0:
+        return False
+    every_steps = job.config.train.eval_every_epochs * job.loader.steps_per_epoch
+    return step % every_steps == 0 or step == job.total_steps
+
+
+def _evaluate_and_save(job: Job, progress: Progress) -> Progress:
+    metrics = job.evaluate(progress.step)
+    job.schedule.observe(metrics["loss"])
+    f1 = metrics[next(h for h in ("final", "image", "tag") if h in metrics)]["paper"]["f1"]
+    if f1 > progress.best_f1:
+        progress = replace(progress, best_step=progress.step, best_f1=f1)
+    progress = replace(
+        progress, evaluated=True, validation=metrics, schedule=job.schedule.state_dict()
+    )
+    job.save(progress)
+    return progress
+
+
+def _settle_gradient_buckets(job: Job) -> None:
+    """A forward and backward of weight zero at every process start, where there are ranks.
+
+    DDP reorders its buckets after the first backward; without this a resumed run of three or more
+    ranks would add gradients in another order than one that went on, and differ in the last bits.
+    """
+    if job.session.world.num_ranks == 1 or job.session.is_deepspeed:
+        return
+    batch = job.loader.empty_batch().to(job.session.device)
+    counts = torch.ones(2, dtype=torch.float64, device=job.session.device)
+    with job.session.micro_step(job.model, is_last=True):
+        loss = ets_loss(job.model(**batch.inputs()), batch, counts, job.config.loss).total
+        job.session.backward(loss * 0)
+    job.optimizer.zero_grad()
+    reset_batch_norm_statistics(job.session.unwrap(job.model))

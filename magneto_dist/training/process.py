@@ -1,0 +1,49 @@
+"""What a training process does about signals and about the death of its launcher."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+ORPHAN_GRACE_S = 60
+"""A process whose launcher died has this long to save before it is ended."""
+
+
+class StopRequest:
+    """Remembers that somebody asked this process to stop; the loop asks at every step boundary.
+
+    SIGTERM and SIGUSR1 come from schedulers, the first SIGINT from Ctrl-C; a second Ctrl-C ends
+    the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._launcher = os.getppid()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: object) -> None:
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        if os.getppid() != self._launcher:
+            # An orphan may wait in a collective for ever; the alarm's default action ends it.
+            signal.alarm(ORPHAN_GRACE_S)
+        print(f"{self.signal.name}: saving at the end of this step", file=sys.stderr, flush=True)
+
+
+def die_with_launcher() -> None:
+    """Has the kernel send SIGTERM when the launcher that started us dies (Linux).
+
+    A SIGKILLed torchrun leaves its workers alive; they would go on writing into a run folder that
+    a restarted job also writes. A script that was started by hand may outlive its shell (nohup).
+    """
+    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not (launched and sys.platform == "linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1 and "LOCAL_RANK" in os.environ:  # it died before we asked
+        sys.exit("the process launcher is gone")

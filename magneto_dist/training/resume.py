@@ -1,0 +1,107 @@
+"""Where a run starts or goes on from, and whether it may."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from magneto_dist.config import Config
+from magneto_dist.config_io import load_config
+from magneto_dist.data.shards import Dataset
+from magneto_dist.errors import InputError
+from magneto_dist.model.magneto import PRETRAINED_PARTS
+from magneto_dist.training.checkpoint import (
+    best_or_newest,
+    find_damage,
+    load_state,
+    newest_complete,
+    read_progress,
+)
+
+_FIXED_SECTIONS = ("model", "tags", "augment", "loss")
+_FIXED_TRAIN_SETTINGS = ("global_batch_size", "objective", "param_dtype")
+_FIXED_DATA_SETTINGS = ("num_streams", "shuffle_window", "constant_image")
+
+
+def checkpoint_to_resume(config: Config, dataset: Dataset) -> Path | None:
+    """The checkpoint that `--resume` means; None: start from the beginning.
+
+    Raises:
+        InputError: it is damaged, belongs to a run with other settings or data, or would be lost.
+    """
+    run_dir = Path(config.output_dir)
+    if config.resume == "never":
+        if newest_complete(run_dir):
+            raise InputError(
+                f"{run_dir} holds a run that --resume never would overwrite: choose another"
+                " --output_dir, or remove it"
+            )
+        return None
+    if config.resume == "auto":
+        checkpoint = newest_complete(run_dir)
+    else:
+        checkpoint = Path(config.resume)
+        damage = find_damage(checkpoint)
+        if damage:
+            raise InputError(f"--resume {checkpoint}: {damage}")
+    if checkpoint:
+        _check_same_run(config, dataset, checkpoint)
+    return checkpoint
+
+
+def _check_same_run(config: Config, dataset: Dataset, checkpoint: Path) -> None:
+    """A run that goes on must mean what it meant: same order, same model, same data."""
+    before, now = _meaning(load_config(checkpoint / "config.yaml")), _meaning(config)
+    changed = [key for key in now if now[key] != before.get(key)]
+    if changed:
+        key = changed[0]
+        raise InputError(
+            f"{checkpoint} was trained with --{key} {before.get(key)}, this run says {now[key]}"
+            f" ({len(changed)} settings differ): set them back, or choose another --output_dir"
+        )
+    if read_progress(checkpoint).data_fingerprint != fingerprint(dataset):
+        raise InputError(
+            f"{checkpoint} was trained on other data than {dataset.root}: use that, or choose"
+            " another --output_dir (--init_from keeps the weights)"
+        )
+
+
+def _meaning(config: Config) -> dict[str, Any]:
+    """The settings that may not change in the middle of a run, flat."""
+    settings = asdict(config)
+    meaning: dict[str, Any] = {"seed": settings["seed"]}
+    for section in _FIXED_SECTIONS:
+        meaning |= {f"{section}.{key}": value for key, value in settings[section].items()}
+    for section, keys in (("train", _FIXED_TRAIN_SETTINGS), ("data", _FIXED_DATA_SETTINGS)):
+        meaning |= {f"{section}.{key}": settings[section][key] for key in keys}
+    return meaning
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Identity of the training data: vocabulary and shards."""
+    shards = [(shard.name, shard.num_bytes, shard.sha256) for shard in dataset.splits["train"]]
+    return hashlib.sha256(repr((dataset.vocabulary.sha256, shards)).encode()).hexdigest()
+
+
+def initialise_from(model: nn.Module, run_dir: Path, config: Config) -> None:
+    """Copies weights of another run (`--init_from`) into a fresh model.
+
+    From a run with the same objective all weights are copied; from pre-training to fine-tuning
+    image feature extractor, tag embedder, multi-head attention and both encoders (section 5.2).
+
+    Raises:
+        InputError: no complete checkpoint there, or a model of another shape.
+    """
+    checkpoint = best_or_newest(run_dir)
+    if checkpoint is None:
+        raise InputError(f"--init_from {run_dir}: no complete checkpoint there")
+    state = load_file(checkpoint / "model.safetensors")
+    if load_config(checkpoint / "config.yaml").train.objective != config.train.objective:
+        own = {k: v for k, v in model.state_dict().items() if not k.startswith(PRETRAINED_PARTS)}
+        state = {k: v for k, v in state.items() if k.startswith(PRETRAINED_PARTS)} | own
+    load_state(model, state, str(checkpoint))

@@ -1,0 +1,205 @@
+"""Processes, devices and precision: the only file that imports accelerate.
+
+Accelerate owns the model, optimizer, precision and processes; we own the data (loaders and the
+schedule are never handed to `prepare`). What differs between one process, DDP and DeepSpeed is
+hidden here, so that the loop reads the same for all of them:
+
+1. `Session(...)` joins the process group.
+2. `prepare` wraps model and optimizer.
+3. `micro_step` + `backward` + `step` are one optimizer step.
+4. `reduce_sum` and `from_main` are the only communication that others ask for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, broadcast_object_list
+from torch import Tensor, nn
+
+from magneto_dist.config import TrainConfig
+from magneto_dist.data.order import BatchPlan
+from magneto_dist.errors import InputError
+from magneto_dist.world import World
+
+T = TypeVar("T")
+
+
+class Session:
+    """This process among its peers.
+
+    Args:
+        config: precision and kind of training.
+
+    Raises:
+        InputError: the precision or a flag of the process launcher does not fit this machine or
+            contradicts our configuration.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        has_gpu = torch.cuda.is_available()
+        _check_launch(config, has_gpu)
+        self._accelerator = Accelerator(
+            mixed_precision=config.precision,
+            # accelerate's DeepSpeed path must not be told that it is on CPU.
+            cpu=False if _uses_deepspeed() else not has_gpu,
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(backend="nccl" if has_gpu else "gloo"),
+                # Buffers are equal on all ranks by construction (ghost batch norm commits them).
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
+            ],
+        )
+        ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", self._accelerator.num_processes))
+        self.world = World(
+            rank=self._accelerator.process_index,
+            num_ranks=self._accelerator.num_processes,
+            rank_of_node=self._accelerator.local_process_index,
+            ranks_per_node=ranks_per_node,
+        )
+        self._gradient_scale = float(self.world.num_ranks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model and its batches live."""
+        return self._accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once a run."""
+        return self.world.is_main
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed holds optimizer state (and, in ZeRO-3, the weights) in parts."""
+        return self._accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, plan: BatchPlan, clip_norm: float
+    ) -> tuple[nn.Module, Any]:
+        """Model and optimizer on this process's device, wrapped for its way of training."""
+        self._clip_norm = clip_norm
+        if self.is_deepspeed:
+            # DeepSpeed divides by the micro-steps, DDP does not; our losses are already scaled.
+            self._gradient_scale = float(self.world.num_ranks * plan.micro_steps)
+            self._accelerator.state.deepspeed_plugin.deepspeed_config.update(
+                train_micro_batch_size_per_gpu=plan.micro_batch_size,
+                gradient_accumulation_steps=plan.micro_steps,
+                # Unless told otherwise DeepSpeed clips to norm 1; 0 is off.
+                gradient_clipping=clip_norm,
+            )
+        return self._accelerator.prepare(model, optimizer)
+
+    @contextlib.contextmanager
+    def micro_step(self, model: nn.Module, *, is_last: bool) -> Iterator[None]:
+        """Forward and backward of one micro-batch; gradients travel in the last one of a step."""
+        self._is_last = is_last
+        if is_last or self.is_deepspeed:
+            yield
+        else:
+            with self._accelerator.no_sync(model):
+                yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of this micro-batch's part of the global loss.
+
+        The parts of all ranks and micro-steps sum to the global loss; DDP and DeepSpeed average
+        over ranks, so that the loss is multiplied by their number first.
+        """
+        loss = loss * self._gradient_scale
+        if self.is_deepspeed:
+            engine = self._accelerator.deepspeed_engine_wrapped
+            engine.backward(loss, sync_gradients=self._is_last)  # its last one also steps
+        else:
+            self._accelerator.backward(loss)
+
+    def step(self, model: nn.Module, optimizer: Any) -> Tensor | None:
+        """Clips, moves the weights and clears the gradients.
+
+        Returns:
+            The global gradient norm before clipping, where it was computed.
+        """
+        norm = None
+        if self._clip_norm > 0 and not self.is_deepspeed:
+            norm = self._accelerator.clip_grad_norm_(model.parameters(), self._clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, the same on each; every rank must call it."""
+        return self._accelerator.reduce(tensor.to(self.device), reduction="sum")  # type: ignore
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Runs `make` on the main process alone and gives every rank its (picklable) result.
+
+        Raises:
+            InputError: the one that `make` raised, on every rank, so that none waits for it.
+        """
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = make()
+            except InputError as error:
+                box[1] = str(error)
+        if self.world.num_ranks > 1:
+            broadcast_object_list(box)
+        if box[1] is not None:
+            raise InputError(box[1])
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        self._accelerator.wait_for_everyone()
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The model itself, without what `prepare` put around it."""
+        return self._accelerator.unwrap_model(model)
+
+    def full_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The whole weights by name, on CPU; a collective in ZeRO-3."""
+        state = self._accelerator.get_state_dict(model, unwrap=True)
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+    def scaler_state(self) -> dict[str, Any]:
+        """State of the fp16 loss scaler; empty without one."""
+        return {} if self._accelerator.scaler is None else self._accelerator.scaler.state_dict()
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Restores `scaler_state`."""
+        if self._accelerator.scaler is not None and state:
+            self._accelerator.scaler.load_state_dict(state)
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        self._accelerator.end_training()
+
+
+def _uses_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def _check_launch(config: TrainConfig, has_gpu: bool) -> None:
+    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched_with not in ("no", config.precision):
+        raise InputError(
+            f"accelerate was launched with mixed precision {launched_with}, our configuration says"
+            f" --train.precision {config.precision}: set it in our configuration alone"
+        )
+    if config.precision == "fp16" and not has_gpu:
+        raise InputError("--train.precision fp16 needs a GPU; on CPU use bf16 or no")
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation not in ("1", "auto"):
+        raise InputError(
+            f"accelerate was launched with {accumulation} gradient accumulation steps; ours follow"
+            " from --train.global_batch_size and --train.max_micro_batch_size: leave them at 1"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise InputError("FSDP is not supported; use DDP or DeepSpeed (configs/accelerate/)")

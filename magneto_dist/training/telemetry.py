@@ -1,0 +1,231 @@
+"""What a run tells while it goes on: bar, metrics.jsonl, TensorBoard, ledger, quarantine.
+
+Every rank keeps its own ledger and quarantine; the main process writes the rest. Numbers are global
+and reduced only at the steps that are logged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from magneto_dist.batch import Batch
+from magneto_dist.config import Config
+from magneto_dist.data.step_log import StepLog
+from magneto_dist.data.stream import Ledger, Quarantine
+from magneto_dist.errors import InputError
+from magneto_dist.metrics import summarise
+from magneto_dist.training.checkpoint import Progress
+from magneto_dist.training.session import Session
+
+if TYPE_CHECKING:
+    from magneto_dist.training.loop import StepResult
+
+
+class Telemetry:
+    """Logs of one run, cut back to where it goes on from.
+
+    Args:
+        run_dir: RUN_DIR.
+        session: this process among its peers.
+        config: settings of the run.
+        start: where the run goes on from.
+        total_steps: last global step of the run.
+        steps_per_epoch: global steps per epoch.
+        num_samples: items of the training split.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        session: Session,
+        config: Config,
+        start: Progress,
+        total_steps: int,
+        steps_per_epoch: int,
+        num_samples: int,
+    ) -> None:
+        self._session, self._config = session, config
+        self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
+        self._max_bad = max(1, int(config.data.max_bad_fraction * num_samples))
+        self._closing = ExitStack()
+        rank = session.world.rank
+        self._quarantine = self._open(Quarantine(run_dir / f"quarantine/rank-{rank:05d}.jsonl"))
+        self._quarantine.cut_back(start.step)
+        self._ledger = None
+        if config.data.ledger:
+            self._ledger = self._open(Ledger(run_dir / f"ledger/rank-{rank:05d}.jsonl"))
+            self._ledger.cut_back(start.step)
+        self._metrics = self._board = self._bar = None
+        if session.is_main:
+            self._open_main(run_dir, start)
+        self._wait_s = 0.0
+        self._mark_s = time.perf_counter()
+        self._window = (start.trained_items, start.train_s, start.data_wait_s)
+
+    def _open_main(self, run_dir: Path, start: Progress) -> None:
+        self._metrics = self._open(StepLog(run_dir / "metrics.jsonl"))
+        self._metrics.cut_back(start.step)
+        if self._config.log.tensorboard:
+            folder = run_dir / "tensorboard"
+            self._board = self._open(SummaryWriter(str(folder), purge_step=start.step + 1))
+        self._bar = self._open(
+            tqdm(total=self._total_steps, initial=start.step, unit="step", dynamic_ncols=True)
+        )
+
+    def _open(self, log: Any) -> Any:
+        self._closing.callback(log.close)
+        return log
+
+    def __enter__(self) -> Telemetry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        started_at_s = time.perf_counter()
+        yield
+        self._wait_s += time.perf_counter() - started_at_s
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside (evaluation, saving) is not training time."""
+        started_at_s = time.perf_counter()
+        yield
+        self._mark_s += time.perf_counter() - started_at_s
+
+    def logs(self, step: int) -> bool:
+        """Whether the metrics of this step are logged."""
+        return step % self._config.log.every_steps == 0 or step == self._total_steps
+
+    def step_done(
+        self, progress: Progress, micro_batches: Sequence[Batch], result: StepResult, lr: float
+    ) -> Progress:
+        """Records a completed optimizer step; returns `progress` with its times.
+
+        Raises:
+            InputError: more bad samples than `data.max_bad_fraction` allows.
+        """
+        self._record_samples(micro_batches)
+        now_s = time.perf_counter()
+        progress = replace(
+            progress,
+            train_s=progress.train_s + now_s - self._mark_s,
+            data_wait_s=progress.data_wait_s + self._wait_s,
+        )
+        self._mark_s, self._wait_s = now_s, 0.0
+        if self._bar is not None:
+            self._bar.update()
+        if self.logs(progress.step):
+            self._log_step(progress, result, lr)
+        return progress
+
+    def evaluation_done(
+        self, step: int, metrics: dict, figure: Any = None, alpha: Tensor | None = None
+    ) -> None:
+        """Records an evaluation, the same on all ranks.
+
+        Args:
+            step: global step after which it was made.
+            metrics: nested, as `summary.json` shows them.
+            figure: matplotlib figure of some pictures with tags, predictions and truth.
+            alpha: gate values of some items' tags.
+        """
+        if self._metrics is None:
+            return
+        self._write(step, "validation", flatten(metrics))
+        if self._board is not None and figure is not None:
+            self._board.add_figure("validation/pictures", figure, step)
+        if self._board is not None and alpha is not None:
+            self._board.add_histogram("validation/alpha", alpha, step)
+
+    def flush(self) -> None:
+        """Waits until everything written so far is on disk."""
+        for log in (self._quarantine, self._ledger, self._metrics):
+            if log is not None:
+                log.flush()
+        if self._board is not None:
+            self._board.flush()
+
+    def _record_samples(self, micro_batches: Sequence[Batch]) -> None:
+        for batch in micro_batches:
+            for reject in batch.rejects:
+                self._quarantine.write(epoch=batch.epoch, step=batch.step, reject=reject)
+            if self._ledger is not None:
+                valid = batch.sample_valid.tolist()
+                keys = [key for key, is_valid in zip(batch.keys, valid, strict=True) if is_valid]
+                self._ledger.write(epoch=batch.epoch, step=batch.step, keys=keys)
+        if self._quarantine.num_keys > self._max_bad:
+            raise InputError(
+                f"{self._quarantine.num_keys} bad samples on this rank, more than"
+                f" --data.max_bad_fraction {self._config.data.max_bad_fraction} allows: look at"
+                f" {self._quarantine.path}"
+            )
+
+    def _log_step(self, progress: Progress, result: StepResult, lr: float) -> None:
+        names = sorted(result.sums)
+        # Loss and metric sums travel in one reduction; a device synchronisation.
+        packed = [result.loss.double().reshape(1), *(result.sums[n].reshape(-1) for n in names)]
+        sizes = [part.numel() for part in packed]
+        reduced = self._session.reduce_sum(torch.cat(packed)).cpu().split(sizes)
+        if self._metrics is None:
+            return
+        sums = {
+            name: part.reshape(result.sums[name].shape)
+            for name, part in zip(names, reduced[1:], strict=True)
+        }
+        items, train_s, wait_s = self._window
+        window_s = max(progress.train_s - train_s, 1e-9)
+        values = {
+            "loss": reduced[0].item(),
+            "lr": lr,
+            "images_per_second": (progress.trained_items - items) / window_s,
+            "data_wait_fraction": (progress.data_wait_s - wait_s) / window_s,
+            **flatten(summarise(sums)),
+        }
+        if result.gradient_norm is not None:
+            values["gradient_norm"] = float(result.gradient_norm)
+        self._window = (progress.trained_items, progress.train_s, progress.data_wait_s)
+        self._write(progress.step, "train", values)
+        self._show(values)
+
+    def _write(self, step: int, split: str, values: dict[str, float]) -> None:
+        assert self._metrics is not None
+        epoch = (step - 1) // self._steps_per_epoch
+        self._metrics.append({"step": step, "epoch": epoch, "split": split, **values})
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def _show(self, values: dict[str, float]) -> None:
+        assert self._bar is not None
+        f1 = next(
+            values[k] for k in (f"{h}/paper/f1" for h in ("final", "image", "tag")) if k in values
+        )
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, F1 {f1:.3f}, {values['images_per_second']:.0f} images/s,"
+            f" data wait {values['data_wait_fraction']:.0%}"
+        )
+
+
+def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested metrics as `final/paper/f1: 0.9`; leaves out what has no value."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}/")
+        elif value is not None:
+            flat[prefix + name] = float(value)
+    return flat

@@ -1,0 +1,79 @@
+"""Imports point one way, and a heavy package enters in one file (docs/architecture.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "magneto_dist"
+
+LEAVES = {"batch", "config", "vocabulary", "world", "errors", "files"}
+MAY_IMPORT = {
+    **{leaf: LEAVES for leaf in LEAVES},
+    "config_io": LEAVES,
+    "data": LEAVES,
+    "model": LEAVES,
+    "loss": LEAVES,
+    "metrics": LEAVES,
+    "training": LEAVES | {"config_io", "data", "model", "loss", "metrics"},
+    "evaluation": LEAVES | {"data", "model", "loss", "metrics"},
+    "report": LEAVES | {"data", "model", "loss", "metrics", "evaluation", "training"},
+    "inference": LEAVES
+    | {"config_io", "data", "model", "loss", "metrics", "training", "evaluation", "report"},
+    "export": LEAVES
+    | {"config_io", "data", "model", "loss", "metrics", "training", "evaluation", "report"}
+    | {"inference"},
+}
+MAY_IMPORT["recipe"] = set(MAY_IMPORT)
+ONLY_IN = {
+    "accelerate": {"training/session.py"},
+    "deepspeed": set(),
+    "nvidia": {"data/decode_dali.py"},
+    "matplotlib": {"report.py"},
+    "jsonargparse": {"config_io.py"},
+    "webdataset": {"data/writer.py"},
+    "datasets": {"data/sources/hf.py"},
+    "onnxruntime": {"export.py"},
+    "onnx": {"export.py"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the direction"
+            assert node.module
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return modules
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = room_of(path)
+    if room == "__init__":
+        return  # gives the public names; nobody inside imports it
+    allowed = MAY_IMPORT[room] | {room}
+    for module in imported_modules(path):
+        parts = module.split(".")
+        if parts[0] == "magneto_dist" and len(parts) > 1:
+            assert parts[1] in allowed, f"{room} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_heavy_packages_enter_in_one_file(path: Path) -> None:
+    relative = str(path.relative_to(PACKAGE))
+    for module in imported_modules(path):
+        top = module.split(".")[0]
+        assert relative in ONLY_IN.get(top, {relative}), f"{relative} imports {module}"
+
+
+def test_every_room_has_a_rule() -> None:
+    assert {room_of(path) for path in FILES} - {"__init__"} <= set(MAY_IMPORT)
