@@ -67,7 +67,7 @@ class TagsConfig:
         _require(self.max_tags >= 1, "tags.max_tags", self.max_tags, "at least 1")
         for name in ("beta_add", "beta_drop", "irrelevant_ratio"):
             value = getattr(self, name)
-            _require(value >= 0, f"tags.{name}", value, "at least 0")
+            _require(0 <= value <= 100, f"tags.{name}", value, "between 0 and 100")
         _fraction("tags.beta_drop", self.beta_drop)
 
 

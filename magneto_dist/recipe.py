@@ -28,7 +28,7 @@ from magneto_dist.errors import InputError, PreemptedError
 from magneto_dist.evaluation import evaluate
 from magneto_dist.model.embedding import load_tag_embedding
 from magneto_dist.model.magneto import build_model
-from magneto_dist.report import final_table
+from magneto_dist.report import examples_figure, final_table
 from magneto_dist.training.checkpoint import (
     Progress,
     load_optimizer,
@@ -123,7 +123,7 @@ def _train_in_folder(
         schedule=schedule.state_dict(),
     )
     run_dir = Path(config.output_dir)
-    with Telemetry(run_dir, session, config, start, total_steps, loader.steps_per_epoch) as log:
+    with Telemetry(run_dir, session, config, start, total_steps, loader) as log:
         job = Job(
             config=config,
             session=session,
@@ -216,18 +216,21 @@ class _Evaluation:
         batches = loader.batches(1, loader.steps_per_epoch)
         with self.telemetry.paused():
             self.model.eval()
-            result = evaluate(
+            metrics, examples = evaluate(
                 self._predict,
                 (batch.to(self.session.device) for batch in batches),
                 reduce=self.session.reduce_sum,
                 loss_config=config.loss,
-                max_tags=config.tags.max_tags,
                 threshold=config.train.threshold,
                 num_tags=len(self.dataset.vocabulary),
+                num_examples=config.log.pictures if self.telemetry.shows_pictures else 0,
             )
             self.model.train()
-            self.telemetry.evaluation_done(step, result)
-        return result
+            self.telemetry.evaluation_done(step, metrics)
+            if examples:
+                figure = examples_figure(examples, self.dataset.vocabulary)
+                self.telemetry.show(step, figure, [e.alpha for e in examples])
+        return metrics
 
     def _predict(self, batch: Batch) -> Prediction:
         with torch.no_grad():

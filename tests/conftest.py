@@ -1,7 +1,22 @@
-"""What holds for every test."""
+"""What holds for every test, and a tiny data set."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 # Shared runners stall now and then: how long an example takes is no property of the code.
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo data set with 90 training and 22 validation items."""
+    from magneto_dist.data.sources import demo
+
+    folder = tmp_path_factory.mktemp("demo")
+    demo.build(folder, items=90, num_processes=1)
+    return folder

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "magneto_dist"
 
 LEAVES = {"batch", "config", "vocabulary", "world", "errors", "files"}
 MAY_IMPORT = {
-    **{leaf: LEAVES for leaf in LEAVES},
+    **dict.fromkeys(LEAVES, LEAVES),
     "config_io": LEAVES,
     "data": LEAVES,
     "model": LEAVES,
@@ -31,7 +31,7 @@ ONLY_IN = {
     "nvidia": {"data/decode_dali.py"},
     "matplotlib": {"report.py"},
     "jsonargparse": {"config_io.py"},
-    "webdataset": {"data/writer.py"},
+    "webdataset": {"data/shard_writer.py"},
     "datasets": {"data/sources/hf.py"},
     "onnxruntime": {"export.py"},
     "onnx": {"export.py"},

@@ -22,6 +22,7 @@ from torchvision import models
 
 from magneto_dist.config import ModelConfig
 from magneto_dist.errors import InputError
+from magneto_dist.model.folding import FoldedStages
 from magneto_dist.model.norm import GhostBatchNorm2d, replace_batch_norms
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -67,9 +68,9 @@ class Backbone(nn.Module):
     """Stages of a convolutional network without pooling and head.
 
     The first `num_frozen_stages` are really frozen: their parameters need no gradient, they run
-    without a graph, and they are in evaluation mode even in `train()`, so that no batch-norm
-    statistic of theirs ever moves. Of the other stages that holds for the batch norms alone, where
-    `batch_norms_frozen` (no gradient for scale and shift either).
+    without a graph and with batch norms folded, and they are in evaluation mode even in `train()`,
+    so that no batch-norm statistic of theirs ever moves. Where `batch_norms_frozen`, the batch
+    norms of the other stages stand still too, scale and shift included.
 
     Args:
         stages: named stages, first to last; the state_dict calls them `stages.NAME`.
@@ -96,6 +97,7 @@ class Backbone(nn.Module):
         mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
+        self._folded = FoldedStages()
         for module in self._frozen_modules():
             module.requires_grad_(False)
         self.train()
@@ -106,9 +108,7 @@ class Backbone(nn.Module):
         """Features of RGB pixels of 0 to 255, in the dtype of the parameters (or autocast's)."""
         x = pixels.to(self.scale.dtype) * self.scale + self.shift
         stages = list(self.stages)
-        with torch.no_grad():
-            for stage in stages[: self.num_frozen_stages]:
-                x = stage(x)
+        x = self._folded(stages[: self.num_frozen_stages], x)
         for stage in stages[self.num_frozen_stages :]:
             x = stage(x)
         return x

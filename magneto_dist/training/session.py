@@ -44,18 +44,21 @@ class Session:
     def __init__(self, config: TrainConfig) -> None:
         has_gpu = torch.cuda.is_available()
         _check_launch(config, has_gpu)
+        if not has_gpu:  # DeepSpeed, imported by accelerate, would warn of what it guesses
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        handlers: list[Any] = [
+            # Buffers are equal on all ranks by construction (ghost batch norm commits them).
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ]
+        if "WORLD_SIZE" in os.environ:  # alone, accelerate would ask a group that is not there
+            backend = "nccl" if has_gpu else "gloo"
+            handlers.append(InitProcessGroupKwargs(backend=backend))
         self._accelerator = Accelerator(
             mixed_precision=config.precision,
             # accelerate's DeepSpeed path must not be told that it is on CPU.
             cpu=False if _uses_deepspeed() else not has_gpu,
             step_scheduler_with_optimizer=False,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(backend="nccl" if has_gpu else "gloo"),
-                # Buffers are equal on all ranks by construction (ghost batch norm commits them).
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False, gradient_as_bucket_view=True
-                ),
-            ],
+            kwargs_handlers=handlers,
         )
         ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", self._accelerator.num_processes))
         self.world = World(

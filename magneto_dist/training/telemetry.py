@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from magneto_dist.batch import Batch
 from magneto_dist.config import Config
-from magneto_dist.data.step_log import StepLog
+from magneto_dist.data.loader import Loader
+from magneto_dist.data.step_log import StepLog, cut_back_all
 from magneto_dist.data.stream import Ledger, Quarantine
 from magneto_dist.errors import InputError
 from magneto_dist.metrics import summarise
@@ -40,8 +41,7 @@ class Telemetry:
         config: settings of the run.
         start: where the run goes on from.
         total_steps: last global step of the run.
-        steps_per_epoch: global steps per epoch.
-        num_samples: items of the training split.
+        loader: of the training split.
     """
 
     def __init__(
@@ -51,20 +51,18 @@ class Telemetry:
         config: Config,
         start: Progress,
         total_steps: int,
-        steps_per_epoch: int,
-        num_samples: int,
+        loader: Loader,
     ) -> None:
         self._session, self._config = session, config
-        self._total_steps, self._steps_per_epoch = total_steps, steps_per_epoch
-        self._max_bad = max(1, int(config.data.max_bad_fraction * num_samples))
+        self._total_steps, self._steps_per_epoch = total_steps, loader.steps_per_epoch
+        self._max_bad = max(1, int(config.data.max_bad_fraction * loader.num_samples))
         self._closing = ExitStack()
-        rank = session.world.rank
-        self._quarantine = self._open(Quarantine(run_dir / f"quarantine/rank-{rank:05d}.jsonl"))
-        self._quarantine.cut_back(start.step)
+        session.from_main(lambda: _cut_back(run_dir, start.step))  # also the files of former ranks
+        file = f"rank-{session.world.rank:05d}.jsonl"
+        self._quarantine = self._open(Quarantine(run_dir / "quarantine" / file))
         self._ledger = None
         if config.data.ledger:
-            self._ledger = self._open(Ledger(run_dir / f"ledger/rank-{rank:05d}.jsonl"))
-            self._ledger.cut_back(start.step)
+            self._ledger = self._open(Ledger(run_dir / "ledger" / file))
         self._metrics = self._board = self._bar = None
         if session.is_main:
             self._open_main(run_dir, start)
@@ -74,7 +72,6 @@ class Telemetry:
 
     def _open_main(self, run_dir: Path, start: Progress) -> None:
         self._metrics = self._open(StepLog(run_dir / "metrics.jsonl"))
-        self._metrics.cut_back(start.step)
         if self._config.log.tensorboard:
             folder = run_dir / "tensorboard"
             self._board = self._open(SummaryWriter(str(folder), purge_step=start.step + 1))
@@ -132,24 +129,24 @@ class Telemetry:
             self._log_step(progress, result, lr)
         return progress
 
-    def evaluation_done(
-        self, step: int, metrics: dict, figure: Any = None, alpha: Tensor | None = None
-    ) -> None:
-        """Records an evaluation, the same on all ranks.
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether `show` has somewhere to show them."""
+        return self._board is not None
 
-        Args:
-            step: global step after which it was made.
-            metrics: nested, as `summary.json` shows them.
-            figure: matplotlib figure of some pictures with tags, predictions and truth.
-            alpha: gate values of some items' tags.
-        """
-        if self._metrics is None:
+    def evaluation_done(self, step: int, metrics: dict) -> None:
+        """Records nested validation metrics, the same on all ranks."""
+        if self._metrics is not None:
+            self._write(step, "validation", flatten(metrics))
+
+    def show(self, step: int, figure: Any, alphas: Sequence[Tensor | None]) -> None:
+        """Puts validation pictures and the gate's values for their tags into TensorBoard."""
+        if self._board is None:
             return
-        self._write(step, "validation", flatten(metrics))
-        if self._board is not None and figure is not None:
-            self._board.add_figure("validation/pictures", figure, step)
-        if self._board is not None and alpha is not None:
-            self._board.add_histogram("validation/alpha", alpha, step)
+        self._board.add_figure("validation/pictures", figure, step)
+        values = [alpha for alpha in alphas if alpha is not None and alpha.numel()]
+        if values:
+            self._board.add_histogram("validation/alpha", torch.cat(values), step)
 
     def flush(self) -> None:
         """Waits until everything written so far is on disk."""
@@ -218,6 +215,11 @@ class Telemetry:
             f"loss {values['loss']:.3f}, F1 {f1:.3f}, {values['images_per_second']:.0f} images/s,"
             f" data wait {values['data_wait_fraction']:.0%}"
         )
+
+
+def _cut_back(run_dir: Path, step: int) -> None:
+    for folder in (run_dir, run_dir / "ledger", run_dir / "quarantine"):
+        cut_back_all(folder, step)
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -1,0 +1,104 @@
+"""Makes data sets and looks into them.
+
+python launchers/shards.py build demo --out DIR
+python launchers/shards.py build table --help      # also: hf, nus-wide
+python launchers/shards.py verify DIR
+python launchers/shards.py stats DIR
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from json import dumps
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from magneto_dist.data.inspect import format_stats, stats
+from magneto_dist.data.sample import DEFAULT_MAX_MEGAPIXELS
+from magneto_dist.data.shards import Dataset
+from magneto_dist.data.verify import verify
+from magneto_dist.errors import InputError, exit_with_clear_errors
+
+SOURCES = {
+    "demo": "Synthetic pictures and tags, made on the spot.",
+    "table": "A CSV, TSV, JSON-lines or Parquet file that names pictures and their tags.",
+    "hf": "A data set of the Hugging Face `datasets` library.",
+    "nus-wide": "NUS-WIDE as distributed, prepared as in the paper (section 4.1).",
+}
+
+
+def main() -> None:
+    """Does what the command line says."""
+    words = list(map(_with_underscores, sys.argv[1:]))
+    arguments = _parser(with_sources=words[:1] == ["build"]).parse_args(words)
+    options = arguments[arguments.verb]
+    if arguments.verb == "build":
+        _build(options.source, vars(options[options.source]))
+    else:
+        {"verify": _verify, "stats": _stats}[arguments.verb](**vars(options))
+
+
+def _parser(with_sources: bool) -> ArgumentParser:
+    parser = ArgumentParser(prog="shards.py", description="Makes data sets and looks into them.")
+    verbs = parser.add_subcommands(dest="verb")
+    build = ArgumentParser(description="Writes a data set; goes on after an interruption.")
+    verbs.add_subcommand("build", build, help="write a data set")
+    if with_sources:  # their modules take a while to import
+        sources = build.add_subcommands(dest="source")
+        for name, summary in SOURCES.items():
+            source = ArgumentParser(description=summary)
+            source.add_function_arguments(_builder(name))
+            sources.add_subcommand(name, source, help=summary)
+
+    check = ArgumentParser(description="Reads and decodes everything; exit code 2 on damage.")
+    check.add_argument("data_set", help="folder or URL with dataset.json")
+    check.add_argument("--num_processes", type=int, default=os.cpu_count() or 1, help="to use")
+    check.add_argument(
+        "--max_megapixels", type=float, default=DEFAULT_MAX_MEGAPIXELS, help="of a picture"
+    )
+    verbs.add_subcommand("verify", check, help="find damage")
+
+    describe = ArgumentParser(description="Counts items, tags and sizes of pictures.")
+    describe.add_argument("data_set", help="folder or URL with dataset.json")
+    describe.add_argument("--split", help="train or validation; default: both")
+    describe.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    verbs.add_subcommand("stats", describe, help="describe a data set")
+    return parser
+
+
+def _build(source: str, options: dict[str, Any]) -> None:
+    written, skipped = _builder(source)(**options)
+    print(f"{options['out']}: {written:,} samples; {len(skipped):,} skipped, see skipped.jsonl")
+
+
+def _verify(data_set: str, num_processes: int, max_megapixels: float) -> None:
+    dataset = Dataset.open(data_set, check_shards=False)
+    damages = verify(dataset, num_processes, max_megapixels)
+    for damage in damages:
+        print(damage)
+    if damages:
+        raise InputError(f"{data_set}: {len(damages)} damages; build or copy the data set again")
+    print(f"{data_set}: sound ({sum(map(dataset.num_samples, dataset.splits)):,} samples)")
+
+
+def _stats(data_set: str, split: str | None, json: bool) -> None:
+    dataset = Dataset.open(data_set)
+    counted = {name: stats(dataset, name) for name in ([split] if split else dataset.splits)}
+    print(dumps(counted, indent=1) if json else "\n\n".join(map(format_stats, counted.values())))
+
+
+def _builder(source: str) -> Any:
+    return import_module(f"magneto_dist.data.sources.{source.replace('-', '_')}").build
+
+
+def _with_underscores(word: str) -> str:
+    """`--image-column=x-y` as `--image_column=x-y`: both spellings of an option are allowed."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name[:2] == "--" else word
+
+
+if __name__ == "__main__":
+    exit_with_clear_errors(main)

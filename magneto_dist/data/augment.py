@@ -1,0 +1,158 @@
+"""How each picture is cropped, flipped and recoloured: parameters only, no pixels.
+
+1. `training_augmentations` draws for every sample of a batch; `evaluation_augmentation` draws
+   nothing.
+2. A decoder asks `Augmentation.box` for the crop as soon as it knows the picture's size, resizes it
+   to the square that the model sees, flips it, and applies the `operations` to that square.
+
+The draws belong to (seed, epoch, sample): every decoder, worker and rank uses the same parameters.
+Paper, appendix A.5: flipping, cropping, and the ImageNet policy of AutoAugment (reference 68).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+from torchvision.transforms import AutoAugment
+
+from magneto_dist.config import AugmentConfig
+from magneto_dist.data.randomness import uniform
+
+_CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+_MAGNITUDE_BINS = 10  # as torchvision's AutoAugment
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """What is done to one picture, independent of its size."""
+
+    crops: tuple[tuple[float, float], ...]
+    """Crops to try in turn: area as a fraction of the picture's, and log(width / height)."""
+    position: tuple[float, float]
+    """Where the crop lies: fractions in [0, 1) of the free way down and to the right."""
+    centre_log_aspects: tuple[float, float]
+    """If no crop fits: the largest one at the centre with log(width / height) in this range ..."""
+    centre_fraction: float
+    """... with both sides multiplied by this."""
+    flip: bool
+    """Mirror left and right after the crop."""
+    operations: tuple[tuple[str, float], ...]
+    """At most two operations of torchvision's AutoAugment by name, with signed magnitudes in its
+    units (Rotate: degrees; Posterize: bits kept; Solarize: threshold in 0 to 255; Color: change of
+    the factor 1; ShearX: tangent; 0 where an operation has none), in the order of application."""
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The crop of a picture of this size: top, left, height, width in pixels.
+
+        It lies inside the picture and is at least 1 pixel high and wide. Follows torchvision's
+        RandomResizedCrop.
+        """
+        for area_fraction, log_aspect in self.crops:
+            side = math.sqrt(height * width * area_fraction)
+            crop_height = round(side * math.exp(-log_aspect / 2))
+            crop_width = round(side * math.exp(log_aspect / 2))
+            if 0 < crop_height <= height and 0 < crop_width <= width:
+                top = int(self.position[0] * (height - crop_height + 1))
+                left = int(self.position[1] * (width - crop_width + 1))
+                return top, left, crop_height, crop_width
+        return self._centre_box(height, width)
+
+    def _centre_box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        narrowest, widest = (math.exp(log_aspect) for log_aspect in self.centre_log_aspects)
+        crop_height = _side(min(height, width / narrowest), self.centre_fraction)
+        crop_width = _side(min(width, height * widest), self.centre_fraction)
+        return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def training_augmentations(
+    seed: int, epoch: int, sample_ids: Int64[np.ndarray, " batch"], config: AugmentConfig
+) -> list[Augmentation]:
+    """One augmentation per sample: random-resized crop, flip, AutoAugment's ImageNet policy.
+
+    The area of the crop is uniform in [crop_scale_min, crop_scale_max] of the picture's, its aspect
+    ratio log-uniform in [1 / crop_aspect_max, crop_aspect_max]; up to ten draws, until one fits.
+    """
+    max_log_aspect = math.log(config.crop_aspect_max)
+    crops = uniform(seed, epoch, sample_ids, "crop", 2 * _CROP_TRIES).reshape(-1, _CROP_TRIES, 2)
+    low = np.array([config.crop_scale_min, -max_log_aspect])
+    high = np.array([config.crop_scale_max, max_log_aspect])
+    crops = low + (high - low) * crops
+    positions = uniform(seed, epoch, sample_ids, "crop position", 2)
+    flips = uniform(seed, epoch, sample_ids, "flip", 1)[:, 0] < config.flip_probability
+    policy_draws = uniform(seed, epoch, sample_ids, "policy", 5)
+    return [
+        Augmentation(
+            crops=tuple((area, log_aspect) for area, log_aspect in crops_of_sample),
+            position=(top, left),
+            centre_log_aspects=(-max_log_aspect, max_log_aspect),
+            centre_fraction=1.0,
+            flip=flip,
+            operations=_operations(draws, config),
+        )
+        for crops_of_sample, (top, left), flip, draws in zip(
+            crops.tolist(), positions.tolist(), flips.tolist(), policy_draws.tolist(), strict=True
+        )
+    ]
+
+
+def evaluation_augmentation(config: AugmentConfig) -> Augmentation:
+    """The square at the centre, with eval_crop_fraction of the shorter side; nothing random."""
+    return Augmentation(
+        crops=(),
+        position=(0.0, 0.0),
+        centre_log_aspects=(0.0, 0.0),
+        centre_fraction=config.eval_crop_fraction,
+        flip=False,
+        operations=(),
+    )
+
+
+class _PolicyOperation(NamedTuple):
+    name: str
+    probability: float
+    magnitude: float
+    signed: bool
+
+    def with_sign(self, draw: float) -> float:
+        """The magnitude; of a signed operation, negated by every other draw from [0, 1)."""
+        return -self.magnitude if self.signed and draw < 0.5 else self.magnitude
+
+
+@lru_cache
+def _imagenet_policy(image_size: int) -> tuple[tuple[_PolicyOperation, ...], ...]:
+    """The 25 pairs of operations of AutoAugment's ImageNet policy, magnitudes resolved.
+
+    Read from torchvision's own table, which it offers only together with draws from torch's global
+    generator; `_augmentation_space` is not public and is used nowhere else.
+    """
+    transform = AutoAugment()
+    space = transform._augmentation_space(_MAGNITUDE_BINS, (image_size, image_size))
+
+    def resolve(name: str, probability: float, magnitude_bin: int | None) -> _PolicyOperation:
+        magnitudes, signed = space[name]
+        magnitude = 0.0 if magnitude_bin is None else float(magnitudes[magnitude_bin])
+        return _PolicyOperation(name, probability, magnitude, signed)
+
+    return tuple(tuple(resolve(*entry) for entry in pair) for pair in transform.policies)
+
+
+def _operations(draws: list[float], config: AugmentConfig) -> tuple[tuple[str, float], ...]:
+    """One sample's operations from five draws: which pair; apply first, second; their signs."""
+    if config.policy == "none":
+        return ()
+    policy = _imagenet_policy(config.image_size)
+    pair = policy[int(draws[0] * len(policy))]
+    return tuple(
+        (operation.name, operation.with_sign(sign_draw))
+        for operation, apply_draw, sign_draw in zip(pair, draws[1:3], draws[3:5], strict=True)
+        if apply_draw < operation.probability
+    )
+
+
+def _side(length: float, fraction: float) -> int:
+    return max(1, round(length * fraction))

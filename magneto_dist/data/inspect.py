@@ -1,0 +1,119 @@
+"""What a data set holds: counts and distributions, for people who are about to train on it.
+
+1. `stats` reads every annotation of a split, and the headers of some pictures.
+2. `format_stats` makes a table of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from magneto_dist.data.sample import BadSample, ImageHeader, image_header, parse_annotation
+from magneto_dist.data.shard_index import ShardIndex
+from magneto_dist.data.shards import Dataset
+
+_TOP_TAGS = 20
+_MAX_PICTURES = 10_000
+_HEADER_BYTES = 65_536  # room for most EXIF blocks, which come before a JPEG's size
+
+
+def stats(dataset: Dataset, split: str) -> dict[str, Any]:
+    """Counts over one split; distributions are minimum, mean, median and maximum.
+
+    Sizes of pictures come from at most 10,000 of them, evenly spaced.
+
+    Raises:
+        InputError: no such split, or a shard cannot be read.
+        OSError: the same, from the disk or network.
+    """
+    tags_per_item: list[int] = []
+    important_per_item: list[int] = []
+    tags_of_labelled = num_bad = 0
+    frequency: Counter[str] = Counter()
+    headers: list[ImageHeader] = []
+    spacing = max(1, -(-dataset.num_samples(split) // _MAX_PICTURES))
+    with tqdm(total=dataset.num_samples(split), desc=f"reading {split}", unit="item") as bar:
+        for shard in dataset.shards(split):
+            index = ShardIndex.read(dataset.storage, shard.name)
+            for row in range(index.num_samples):
+                try:
+                    tags, important = parse_annotation(_annotation(dataset, shard.name, index, row))
+                    if dataset.has_images and bar.n % spacing == 0:
+                        headers.append(_header(dataset, shard.name, index, row))
+                except BadSample:
+                    num_bad += 1
+                else:
+                    tags_per_item.append(len(tags))
+                    frequency.update(tags)
+                    if important is not None:
+                        tags_of_labelled += len(tags)
+                        important_per_item.append(sum(important))
+                bar.update()
+    return {
+        "split": split,
+        "items": dataset.num_samples(split),
+        "labelled": dataset.num_labelled(split),
+        "bad": num_bad,
+        "shards": len(dataset.shards(split)),
+        "bytes": sum(shard.num_bytes for shard in dataset.shards(split)),
+        "tags_in_vocabulary": len(dataset.vocabulary),
+        "tags_used": len(frequency),
+        "tags_per_item": _distribution(tags_per_item),
+        "important_per_item": _distribution(important_per_item),
+        "important_fraction": sum(important_per_item) / max(tags_of_labelled, 1),
+        "top_tags": dict(frequency.most_common(_TOP_TAGS)),
+        "pictures_looked_at": len(headers),
+        "picture_kinds": dict(Counter(header.kind for header in headers)),
+        "picture_width": _distribution([header.width for header in headers]),
+        "picture_height": _distribution([header.height for header in headers]),
+    }
+
+
+def format_stats(counted: dict[str, Any]) -> str:
+    """The result of `stats` as a table."""
+    lines = [f"{counted['split']}"]
+    for name, value in counted.items():
+        if name in ("split", "top_tags"):
+            continue
+        if isinstance(value, dict):
+            text = "  ".join(f"{key} {_number(number)}" for key, number in value.items()) or "-"
+        else:
+            text = _number(value)
+        lines.append(f"  {name.replace('_', ' '):<20} {text}")
+    lines.append("  most frequent tags")
+    width = max(map(len, counted["top_tags"]), default=0)
+    for tag, count in counted["top_tags"].items():
+        lines.append(f"    {tag:<{width}}  {count:>10,}  {count / counted['items']:>6.1%} of items")
+    return "\n".join(lines)
+
+
+def _annotation(dataset: Dataset, shard: str, index: ShardIndex, row: int) -> bytes:
+    offset, size = index.annotation_offset[row], index.annotation_size[row]
+    return dataset.storage.read(shard, int(offset), int(size))
+
+
+def _header(dataset: Dataset, shard: str, index: ShardIndex, row: int) -> ImageHeader:
+    offset, size = int(index.image_offset[row]), int(index.image_size[row])
+    try:
+        return image_header(dataset.storage.read(shard, offset, min(size, _HEADER_BYTES)))
+    except BadSample:
+        return image_header(dataset.storage.read(shard, offset, size))
+
+
+def _distribution(values: list[int]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {
+        "min": min(values),
+        "mean": round(float(np.mean(values)), 3),
+        "median": float(np.median(values)),
+        "max": max(values),
+    }
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"

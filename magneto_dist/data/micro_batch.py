@@ -1,0 +1,241 @@
+"""One micro-batch as a function of its number: sample ids -> rows -> tag slots -> pixels.
+
+1. `MicroBatches.encode` makes everything but pixels, and keeps the encoded pictures beside it.
+2. `MicroBatches.decoded` adds the pixels; a picture that does not decode makes its row invalid.
+
+Both run in loader processes, except that DALI decodes in the training process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from torch import Tensor
+
+from magneto_dist.batch import Batch, Reject
+from magneto_dist.config import Config
+from magneto_dist.data.augment import (
+    Augmentation,
+    evaluation_augmentation,
+    training_augmentations,
+)
+from magneto_dist.data.decode_cpu import CpuDecoder, DecodedImages
+from magneto_dist.data.order import BatchPlan, Order, micro_batch_sample_ids
+from magneto_dist.data.shards import Dataset
+from magneto_dist.data.stream import Record, SampleReader, Stage, load_rows
+from magneto_dist.data.tags import tag_rows
+from magneto_dist.errors import InputError
+
+_GREY = 127
+
+Row = Record | Reject | None
+"""A usable sample, why there is none, or padding."""
+Decode = Callable[[Sequence[bytes], Sequence[Augmentation]], DecodedImages]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A micro-batch whose pictures are still to be decoded."""
+
+    batch: Batch
+    images: tuple[bytes, ...]
+    """One per row, JPEG, PNG or WebP; empty where the row is not valid."""
+    augmentations: tuple[Augmentation, ...]
+    """One per row."""
+    shards: tuple[str, ...]
+    """The shard of each row, "" in padding rows."""
+
+
+@dataclass(frozen=True)
+class MicroBatches(torch.utils.data.Dataset):
+    """The micro-batches of one rank by number: step * micro_steps + micro_step.
+
+    Gives a Batch, or Encoded where pictures are decoded elsewhere. An InputError is given as a
+    value too: torch would wrap a raised one into a traceback.
+    """
+
+    dataset: Dataset
+    split: str
+    config: Config
+    rank: int
+    plan: BatchPlan
+    training: bool
+    """Shuffle, augment, add and drop tags; False: the split in order."""
+    pictures: Literal["decoded", "encoded", "none"]
+    """What is made of them here; none: a text-only data set, or all grey."""
+    outliers: int = 0
+    """Tags added to each item in evaluation (Table 3)."""
+    stages: tuple[Stage, ...] = ()
+    """The user's."""
+
+    @cached_property
+    def order(self) -> Order:
+        """Which sample stands in which row of an epoch."""
+        return Order(
+            self.dataset.shard_sizes(self.split),
+            seed=self.config.seed,
+            shuffle=self.training,
+            num_streams=self.config.data.num_streams,
+            window=self.config.data.shuffle_window,
+        )
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch; numbers go on over the epochs."""
+        return self.plan.steps_per_epoch(self.order.num_samples) * self.plan.micro_steps
+
+    def __getitem__(self, number: int) -> Batch | Encoded | InputError:
+        step, micro_step = divmod(number, self.plan.micro_steps)
+        epoch, step_in_epoch = self.plan.epoch_of(step, self.order.num_samples)
+        sample_ids = micro_batch_sample_ids(
+            self.order, self.plan, epoch, step_in_epoch, self.rank, micro_step
+        )
+        try:
+            encoded = self.encode(sample_ids, step=step, micro_step=micro_step, epoch=epoch)
+        except InputError as error:
+            return error
+        if self.pictures == "none":
+            return encoded.batch
+        return self.decoded(encoded, self._decode) if self.pictures == "decoded" else encoded
+
+    def encode(
+        self, sample_ids: Int64[np.ndarray, " batch"], *, step: int, micro_step: int, epoch: int
+    ) -> Encoded:
+        """Everything but pixels (grey ones, where pictures do not matter).
+
+        Raises:
+            InputError: a shard cannot be read, or a tag is not in the vocabulary.
+        """
+        rows: list[Row] = load_rows(
+            sample_ids,
+            self._reader,
+            self.stages,
+            needs_images=self.pictures != "none",
+            needs_labels=self.config.train.objective == "important",
+        )
+        sample_valid = torch.tensor([isinstance(row, Record) for row in rows])
+        batch = Batch(
+            **self._tag_slots(rows, sample_ids, epoch),
+            sample_valid=sample_valid,
+            sample_ids=torch.from_numpy(sample_ids),
+            pixels=self._grey(sample_valid),
+            keys=tuple(_key(row) for row in rows),
+            step=step,
+            micro_step=micro_step,
+            epoch=epoch,
+            rejects=tuple(row for row in rows if isinstance(row, Reject)),
+        )
+        return Encoded(
+            batch,
+            images=tuple(_image(row) for row in rows),
+            augmentations=tuple(self._augmentations(sample_ids, epoch)),
+            shards=tuple("" if row is None else row.shard for row in rows),
+        )
+
+    def decoded(self, encoded: Encoded, decode: Decode) -> Batch:
+        """The batch with pixels, on the device of the decoder."""
+        batch = encoded.batch
+        images = decode(encoded.images, encoded.augmentations)
+        failed = [
+            (row, error)
+            for row, error in enumerate(images.errors)
+            if error is not None and batch.sample_valid[row]
+        ]
+        rejects = (Reject(batch.keys[row], encoded.shards[row], error) for row, error in failed)
+        batch = replace(batch, pixels=images.pixels, rejects=(*batch.rejects, *rejects))
+        return self._without([row for row, _ in failed], batch) if failed else batch
+
+    def _tag_slots(
+        self, rows: Sequence[Row], sample_ids: Int64[np.ndarray, " batch"], epoch: int
+    ) -> dict[str, Tensor]:
+        slots = tag_rows(
+            [self._tag_ids(row) for row in rows],
+            [_important(row) for row in rows],
+            sample_ids,
+            num_tags=len(self.dataset.vocabulary),
+            config=self.config.tags,
+            seed=self.config.seed,
+            epoch=epoch,
+            training=self.training,
+            objective=self.config.train.objective,
+            outliers=self.outliers,
+        )
+        return {name: torch.from_numpy(values) for name, values in vars(slots).items()}
+
+    def _tag_ids(self, row: Row) -> Int64[np.ndarray, " tag"]:
+        if not isinstance(row, Record):
+            return np.empty(0, dtype=np.int64)
+        try:
+            return self.dataset.vocabulary.ids(row.sample.tags)
+        except InputError as error:
+            raise InputError(
+                f"{self.dataset.root}: sample {row.sample.key} in {row.shard}: {error};"
+                " check the data set with `shards.py verify`, or build it again"
+            ) from None
+
+    def _augmentations(
+        self, sample_ids: Int64[np.ndarray, " batch"], epoch: int
+    ) -> list[Augmentation]:
+        if not self.training:
+            return [evaluation_augmentation(self.config.augment)] * len(sample_ids)
+        return training_augmentations(self.config.seed, epoch, sample_ids, self.config.augment)
+
+    def _grey(
+        self, sample_valid: Bool[Tensor, " batch"]
+    ) -> UInt8[Tensor, "batch 3 height width"] | None:
+        if not (self.dataset.has_images and self.config.data.constant_image):
+            return None
+        size = self.config.augment.image_size
+        grey = sample_valid.to(torch.uint8) * _GREY
+        return grey[:, None, None, None].repeat(1, 3, size, size)
+
+    def _without(self, rows: list[int], batch: Batch) -> Batch:
+        """`batch` with these rows made invalid; a row that counts for nothing has no tags."""
+        values = {
+            "tag_ids": self.dataset.vocabulary.padding_id,
+            "tag_mask": False,
+            "target": False,
+            "outlier": False,
+            "sample_valid": False,
+            "tags_cut": 0,
+            "targets_cut": 0,
+        }
+        blank = {name: getattr(batch, name).clone() for name in values}
+        for name, value in values.items():
+            blank[name][rows] = value
+        return replace(batch, **blank)
+
+    @cached_property
+    def _reader(self) -> SampleReader:
+        return SampleReader(
+            self.dataset,
+            self.split,
+            with_images=self.pictures != "none",
+            max_indexes=2 * self.config.data.num_streams,
+        )
+
+    @cached_property
+    def _decode(self) -> Decode:
+        return CpuDecoder(self.config.augment.image_size, self.config.data.max_image_megapixels)
+
+
+def _key(row: Row) -> str:
+    if row is None:
+        return ""
+    return row.sample.key if isinstance(row, Record) else row.key
+
+
+def _image(row: Row) -> bytes:
+    return (isinstance(row, Record) and row.sample.image) or b""
+
+
+def _important(row: Row) -> Bool[np.ndarray, " tag"]:
+    if not isinstance(row, Record):
+        return np.empty(0, dtype=bool)
+    sample = row.sample
+    return np.array(sample.important or [False] * len(sample.tags), dtype=bool)

@@ -1,0 +1,122 @@
+"""Shards of remote data sets on this machine's disk: bounded, shared by all processes of a node.
+
+1. A shard that is there is used, and marked as used.
+2. Else one process takes the shard's lock; the others wait for it, and find the shard there.
+3. Room is made: the shards unused for longest go.
+4. It is downloaded under a temporary name, its size is checked, and it is renamed into place.
+
+Between downloads the cache is never larger than its bound; shards that arrive at the same moment
+may exceed it until the last of them is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from magneto_dist.errors import InputError
+from magneto_dist.files import require_space, sync_file, sync_folder
+
+_USED_AGAIN_AFTER_S = 60  # a mark of use is not renewed more often
+_ABANDONED_AFTER_S = 3600  # a temporary file that nobody has written to for so long
+
+
+def default_cache_dir() -> Path:
+    """Where shards are kept unless `data.cache_dir` says otherwise."""
+    return Path.home() / ".cache" / "magneto_dist" / "shards"
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """A folder of downloaded shards."""
+
+    folder: Path
+    max_gb: float
+    """In 1e9 bytes, over all data sets."""
+
+    def path(
+        self,
+        key: str,
+        name: str,
+        size: Callable[[], int],
+        download: Callable[[Path], object],
+    ) -> Path:
+        """The shard `name` of the data set `key`; calls `download(target)` where it is absent.
+
+        Raises:
+            InputError: it does not fit into the cache or onto the disk.
+            OSError: the download ended before its `size()` bytes were there.
+        """
+        shard = self.folder / hashlib.sha256(key.encode()).hexdigest()[:16] / name
+        if _mark_used(shard):
+            return shard
+        shard.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(shard.with_name(f".{name}.lock")):
+            if _mark_used(shard):
+                return shard
+            num_bytes = size()
+            temporary = shard.with_name(f".{name}.tmp")
+            temporary.unlink(missing_ok=True)  # of a process that was killed
+            self._make_room(num_bytes, name)
+            require_space(self.folder, num_bytes, f"shard {name}")
+            try:
+                download(temporary)
+                if temporary.stat().st_size != num_bytes:
+                    raise OSError(
+                        f"{name}: download gave {temporary.stat().st_size} of {num_bytes} bytes"
+                    )
+                sync_file(temporary)
+                temporary.rename(shard)
+            finally:
+                temporary.unlink(missing_ok=True)
+            sync_folder(shard.parent)
+            self._make_room(0, name)
+        return shard
+
+    def _make_room(self, num_bytes: int, name: str) -> None:
+        max_bytes = int(self.max_gb * 1e9)
+        if num_bytes > max_bytes:
+            raise InputError(
+                f"shard {name} of {num_bytes / 1e9:.3g} GB does not fit into the cache of"
+                f" {self.max_gb:g} GB: raise data.cache_gb"
+            )
+        with _locked(self.folder / ".lock"):
+            files = list(self._files())
+            total = sum(size for _, size, _ in files)
+            for _, size, path in sorted(files):
+                if total + num_bytes <= max_bytes:
+                    break
+                path.unlink(missing_ok=True)
+                total -= size
+
+    def _files(self) -> Iterator[tuple[float, int, Path]]:
+        """Time of last use, bytes and path of every shard and of what killed processes left."""
+        for path in self.folder.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+                status = path.stat()
+                is_abandoned = time.time() - status.st_mtime > _ABANDONED_AFTER_S
+                if path.suffix == ".tar" or (path.suffix == ".tmp" and is_abandoned):
+                    yield status.st_mtime, status.st_size, path
+
+
+def _mark_used(shard: Path) -> bool:
+    try:
+        if time.time() - shard.stat().st_mtime > _USED_AGAIN_AFTER_S:
+            os.utime(shard)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Waits for the lock file `path`; the kernel frees it should its holder die."""
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,235 @@
+"""What a data set holds: `dataset.json`, `vocabulary.txt`, and whether every shard is there.
+
+They come from a disk or a URL that somebody else may have written: nothing in them is trusted.
+Where the samples lie in a shard says its `ShardIndex`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from magneto_dist.data.shard_index import FormatError, ShardIndex
+from magneto_dist.data.storage import Storage
+from magneto_dist.errors import InputError
+from magneto_dist.vocabulary import Vocabulary
+
+__all__ = ["SPLITS", "Dataset", "Shard", "ShardIndex", "dataset_bytes"]
+
+FORMAT = "magneto_dist"
+VERSION = 1
+SPLITS = ("train", "validation")
+DATASET_FILE = "dataset.json"
+VOCABULARY_FILE = "vocabulary.txt"
+_CONCURRENT_REQUESTS = 32
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a split."""
+
+    name: str
+    """<split>-<%06d>.tar"""
+    num_samples: int
+    num_labelled: int
+    """Samples that say which of their tags are important."""
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set that was opened: what it holds, and how to get at it."""
+
+    root: str
+    """Folder or URL prefix."""
+    splits: dict[str, tuple[Shard, ...]]
+    vocabulary: Vocabulary
+    has_images: bool
+    """False: text-only."""
+    storage: Storage
+    source: dict[str, Any]
+    """The builder and its parameters, for people."""
+
+    @classmethod
+    def open(
+        cls,
+        root: str,
+        cache_dir: str | None = None,
+        cache_gb: float = 200.0,
+        *,
+        check_shards: bool = True,
+    ) -> Dataset:
+        """Opens the data set in a folder or under a URL prefix.
+
+        Args:
+            root: folder or URL prefix.
+            cache_dir: for shards of a remote data set; None: ~/.cache/magneto_dist/shards.
+            cache_gb: most disk space of that cache, in 1e9 bytes.
+            check_shards: look whether every shard is there and of the size it should have.
+
+        Raises:
+            InputError: the folder, a file or a shard is absent; `dataset.json` is not of this
+                format and version; another vocabulary; a shard of another size.
+        """
+        storage = Storage(str(root), cache_dir, cache_gb)
+        content = _read_dataset_file(storage)
+        # Shards of another version of the data set must never come out of the cache.
+        version = hashlib.sha256(content).hexdigest()
+        storage = Storage(str(root), cache_dir, cache_gb, version)
+        try:
+            fields = _parse(content)
+        except FormatError as error:
+            raise InputError(f"{root}/{DATASET_FILE}: {error}; build the data set again") from None
+        vocabulary = _read_vocabulary(storage, fields)
+        dataset = cls(
+            str(root), fields.splits, vocabulary, fields.has_images, storage, fields.source
+        )
+        if check_shards:
+            _check_sizes(dataset)
+        return dataset
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """The shards of a split in the order of its samples.
+
+        Raises:
+            InputError: no such split.
+        """
+        if split not in self.splits:
+            raise InputError(f"{self.root}: has no split {split!r}, only {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def shard_sizes(self, split: str) -> tuple[int, ...]:
+        """Samples in each shard of a split."""
+        return tuple(shard.num_samples for shard in self.shards(split))
+
+    def num_samples(self, split: str) -> int:
+        """Samples of a split."""
+        return sum(self.shard_sizes(split))
+
+    def num_labelled(self, split: str) -> int:
+        """Samples of a split that say which of their tags are important."""
+        return sum(shard.num_labelled for shard in self.shards(split))
+
+
+def dataset_bytes(
+    splits: dict[str, tuple[Shard, ...]],
+    vocabulary: Vocabulary,
+    has_images: bool,
+    source: dict[str, Any],
+    input_sha256: str,
+) -> bytes:
+    """The content of `dataset.json`."""
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "vocabulary_sha256": vocabulary.sha256,
+        "num_tags": len(vocabulary),
+        "has_images": has_images,
+        "source": source,
+        "input_sha256": input_sha256,
+        "splits": {name: [asdict(shard) for shard in shards] for name, shards in splits.items()},
+    }
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+class _Fields(NamedTuple):
+    vocabulary_sha256: str
+    num_tags: int
+    has_images: bool
+    splits: dict[str, tuple[Shard, ...]]
+    source: dict[str, Any]
+
+
+def _read_dataset_file(storage: Storage) -> bytes:
+    try:
+        return storage.read_file(DATASET_FILE)
+    except InputError:
+        raise InputError(
+            f"{storage.root}: no data set there (no {DATASET_FILE}); give the folder or URL that"
+            " `launchers/shards.py build` wrote, and finish a build that was interrupted"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{storage.root}: cannot be read: {error}") from None
+
+
+def _parse(content: bytes) -> _Fields:
+    try:
+        fields = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"is not JSON in UTF-8 ({error})") from None
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise FormatError(f"is not of the format {FORMAT!r}")
+    if fields.get("version") != VERSION:
+        raise FormatError(f"is of version {fields.get('version')!r}, only {VERSION} is known")
+    source = fields.get("source", {})
+    splits = _field(fields, "splits", dict)
+    if not splits or set(splits) - set(SPLITS):
+        raise FormatError(f"has the splits {sorted(splits)}, not some of {', '.join(SPLITS)}")
+    return _Fields(
+        _field(fields, "vocabulary_sha256", str),
+        _field(fields, "num_tags", int),
+        _field(fields, "has_images", bool),
+        {split: _parse_shards(split, _field(splits, split, list)) for split in splits},
+        source if isinstance(source, dict) else {},
+    )
+
+
+def _parse_shards(split: str, entries: list) -> tuple[Shard, ...]:
+    shards = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise FormatError(f"has a shard of {split} that is no object")
+        shard = Shard(
+            name=_field(entry, "name", str),
+            num_samples=_field(entry, "num_samples", int),
+            num_labelled=_field(entry, "num_labelled", int),
+            num_bytes=_field(entry, "num_bytes", int),
+            sha256=_field(entry, "sha256", str),
+        )
+        # The name becomes part of a path or URL: nothing but ours passes.
+        if re.fullmatch(rf"{split}-[0-9]{{6}}\.tar", shard.name) is None:
+            raise FormatError(f"names a shard {shard.name[:100]!r}, not {split}-<6 digits>.tar")
+        if not 0 <= shard.num_labelled <= shard.num_samples or shard.num_bytes < 0:
+            raise FormatError(f"has impossible numbers for {shard.name}")
+        shards.append(shard)
+    if len({shard.name for shard in shards}) != len(shards):
+        raise FormatError(f"names a shard of {split} twice")
+    return tuple(shards)
+
+
+def _field(fields: dict, name: str, kind: type) -> Any:
+    value = fields.get(name)
+    if type(value) is not kind:  # a bool is an int, but no number
+        raise FormatError(f"has no {name!r} of type {kind.__name__}")
+    return value
+
+
+def _read_vocabulary(storage: Storage, fields: _Fields) -> Vocabulary:
+    vocabulary = Vocabulary.from_bytes(storage.read_file(VOCABULARY_FILE))
+    if (vocabulary.sha256, len(vocabulary)) != (fields.vocabulary_sha256, fields.num_tags):
+        raise InputError(
+            f"{storage.root}/{VOCABULARY_FILE}: is not the vocabulary that the data set was built"
+            f" with ({fields.num_tags} tags, SHA-256 {fields.vocabulary_sha256[:12]}...); put that"
+            " one back, or build the data set again"
+        )
+    return vocabulary
+
+
+def _check_sizes(dataset: Dataset) -> None:
+    shards = [shard for split in dataset.splits.values() for shard in split]
+    with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as threads:
+        sizes = threads.map(lambda shard: dataset.storage.size(shard.name), shards)
+        try:
+            for shard, size in zip(shards, sizes, strict=True):
+                if size != shard.num_bytes:
+                    raise InputError(
+                        f"{dataset.root}/{shard.name}: has {size} bytes, {DATASET_FILE} says"
+                        f" {shard.num_bytes}; copy or build it again"
+                    )
+        except OSError as error:
+            raise InputError(f"{dataset.root}: cannot be read: {error}") from None

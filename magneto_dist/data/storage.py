@@ -1,0 +1,252 @@
+"""Bytes of a data set, from a folder or from an object store.
+
+1. A name is checked: it comes from a file that somebody else may have written.
+2. In a folder, ranges of a file are read in place.
+3. Elsewhere (http, https, s3, gs, hf) a shard is downloaded whole, once a node, into a bounded
+   cache, and read there; small files are read directly.
+
+Reading a range of a remote shard for every sample would cost a request each; a whole shard costs
+one for thousands of samples.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from magneto_dist.data.shard_cache import ShardCache, default_cache_dir
+from magneto_dist.errors import InputError
+
+REMOTE_SCHEMES = ("http", "https", "s3", "gs", "hf")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MAX_OPEN_FILES = 64
+_ATTEMPTS = 3
+_READ_TIMEOUT_S = 60  # between two pieces of an answer; a whole shard may take longer
+
+
+class Storage:
+    """The files of one data set; picklable, opens nothing before the first read.
+
+    Args:
+        root: folder, or URL prefix with one of the schemes http, https, s3, gs, hf.
+        cache_dir: where shards of remote data sets are kept; None: ~/.cache/magneto_dist/shards.
+        cache_gb: most disk space of the cache, in 1e9 bytes, shared by all its data sets.
+        version: content hash of the data set; another one never meets old cached shards.
+
+    Raises:
+        InputError: a root of another kind (a shell command, for instance).
+    """
+
+    def __init__(
+        self,
+        root: str,
+        cache_dir: str | None = None,
+        cache_gb: float = 200.0,
+        version: str = "",
+    ) -> None:
+        scheme, has_scheme, _ = root.partition("://")
+        if root.startswith("pipe:") or (has_scheme and scheme not in REMOTE_SCHEMES):
+            raise InputError(
+                f"data set {root!r}: must be a folder or a URL that begins with one of"
+                f" {', '.join(f'{scheme}://' for scheme in REMOTE_SCHEMES)}"
+            )
+        self.root = root.rstrip("/") or "/"
+        self.cache_dir = cache_dir
+        self.cache_gb = cache_gb
+        self.version = version
+        self.is_remote = bool(has_scheme)
+        self._open_nothing()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("root", "cache_dir", "cache_gb", "version")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def _open_nothing(self) -> None:
+        self._lock = threading.Lock()
+        self._open_files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._filesystem: Any = None
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """`size` bytes of the file `name` from byte `offset` on.
+
+        Raises:
+            InputError: the file is absent, or ends before that.
+            OSError: it cannot be read.
+        """
+        if not self.is_remote:
+            return self._open(name).read(offset, size)
+        for _ in range(_ATTEMPTS):
+            try:
+                # Not kept open: a deleted file would go on taking space of the cache.
+                return _OpenFile(self.local_path(name), self._where(name)).read(offset, size)
+            except FileNotFoundError:  # another process made room between our two steps
+                continue
+        raise InputError(
+            f"{self._where(name)}: leaves the cache of {self.cache_gb:g} GB as soon as it is there;"
+            " raise data.cache_gb"
+        )
+
+    def read_file(self, name: str) -> bytes:
+        """The whole content of the file `name`.
+
+        Raises:
+            InputError: the file is absent.
+            OSError: it cannot be read.
+        """
+        if self.is_remote:
+            return self._request(name, lambda fs, url: fs.cat_file(url))
+        try:
+            return self._local(name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{self._where(name)}: does not exist") from None
+
+    def exists(self, name: str) -> bool:
+        """Whether the data set has the file `name`."""
+        try:
+            self.size(name)
+        except InputError:
+            return False
+        return True
+
+    def size(self, name: str) -> int:
+        """Bytes of the file `name`.
+
+        Raises:
+            InputError: the file is absent, or the server does not tell its size.
+        """
+        if not self.is_remote:
+            try:
+                return self._local(name).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                raise InputError(f"{self._where(name)}: does not exist") from None
+        size = self._request(name, lambda fs, url: fs.size(url))
+        if size is None:
+            raise InputError(f"{self._where(name)}: the server does not tell its size")
+        return size
+
+    def local_path(self, name: str) -> Path:
+        """The file `name` on this machine, downloaded first where it must be.
+
+        A path into the cache may vanish when other shards need the room: open it at once.
+        """
+        if not self.is_remote:
+            return self._local(name)
+        _check_name(name)
+        cache = ShardCache(
+            Path(self.cache_dir) if self.cache_dir else default_cache_dir(), self.cache_gb
+        )
+        return cache.path(
+            key=f"{self.root}\n{self.version}",
+            name=name,
+            size=lambda: self.size(name),
+            download=lambda target: self._request(
+                name, lambda fs, url: fs.get_file(url, str(target))
+            ),
+        )
+
+    def _local(self, name: str) -> Path:
+        _check_name(name)
+        return Path(self.root) / name
+
+    def _where(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def _open(self, name: str) -> _OpenFile:
+        with self._lock:
+            file = self._open_files.get(name)
+            if file is None:
+                try:
+                    file = _OpenFile(self._local(name), self._where(name))
+                except (FileNotFoundError, NotADirectoryError):
+                    raise InputError(f"{self._where(name)}: does not exist") from None
+                self._open_files[name] = file
+                if len(self._open_files) > _MAX_OPEN_FILES:
+                    self._open_files.popitem(last=False)
+            self._open_files.move_to_end(name)
+            return file
+
+    def _request(self, name: str, ask: Any) -> Any:
+        """`ask(filesystem, url)`, repeated where the network fails."""
+        _check_name(name)
+        if self._filesystem is None:
+            self._filesystem = _filesystem(self.root)
+        for attempt in range(_ATTEMPTS):
+            try:
+                return ask(self._filesystem, self._where(name))
+            except FileNotFoundError:
+                raise InputError(f"{self._where(name)}: does not exist") from None
+            except Exception as error:  # every client has its own errors of the network
+                if attempt == _ATTEMPTS - 1:
+                    reason = f"{type(error).__name__}: {error}"
+                    raise OSError(f"{self._where(name)}: {reason}") from error
+                time.sleep(4.0**attempt / 4)
+        raise AssertionError("unreachable")
+
+
+class _OpenFile:
+    """A descriptor that is closed when nobody reads from it any more."""
+
+    def __init__(self, path: Path, where: str) -> None:
+        self._where = where
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._num_bytes = os.fstat(self._descriptor).st_size
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        if offset + size > self._num_bytes:  # else the kernel would be asked for any nonsense
+            raise InputError(
+                f"{self._where}: has {self._num_bytes} bytes, but {offset + size} are needed; it is"
+                " cut off, or its index is not its own: copy or build it again"
+            )
+        pieces: list[bytes] = []
+        while size > 0:  # the kernel gives at most 2 GiB at once
+            try:
+                piece = os.pread(self._descriptor, size, offset)
+            except OSError as error:
+                raise OSError(error.errno, f"{self._where}: {error.strerror}") from None
+            if not piece:
+                raise OSError(f"{self._where}: was cut off while it was read")
+            pieces.append(piece)
+            offset, size = offset + len(piece), size - len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _check_name(name: str) -> None:
+    # Also keeps out "../x", "/etc/x", "pipe:x" and hidden files.
+    if _NAME.fullmatch(name) is None:
+        raise InputError(
+            f"data set names the file {name!r}: only letters, digits, '.', '_' and '-' are allowed"
+        )
+
+
+def _filesystem(root: str) -> Any:
+    scheme = root.partition("://")[0]
+    import fsspec  # here, because a local data set needs no network client
+
+    options: dict[str, Any] = {}
+    try:
+        if scheme in ("http", "https"):
+            import aiohttp
+
+            options["client_kwargs"] = {
+                "timeout": aiohttp.ClientTimeout(
+                    total=None, sock_connect=_READ_TIMEOUT_S, sock_read=_READ_TIMEOUT_S
+                )
+            }
+        return fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        client = {"s3": "magneto-dist[s3]", "gs": "gcsfs", "hf": "huggingface_hub"}
+        raise InputError(
+            f"{root}: {error}; install it: pip install '{client.get(scheme, 'fsspec[http]')}'"
+        ) from None

@@ -1,0 +1,293 @@
+"""The samples of a micro-batch: from sample ids to parsed records, bad ones named.
+
+1. `SampleReader` finds each sample in its shard and reads its bytes.
+2. `parse` makes records of them; a bad sample becomes a Reject.
+3. The user's stages change records or leave some out.
+4. `usable` rejects what the model cannot be trained on.
+5. `Quarantine` and `Ledger` keep on disk what became of the samples.
+
+Steps 2 to 4 are plain generators, composed in `load_rows`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+
+from magneto_dist.batch import Reject
+from magneto_dist.data.sample import BadSample, Sample, parse_annotation
+from magneto_dist.data.shard_index import ShardIndex
+from magneto_dist.data.shards import Dataset, Shard
+from magneto_dist.data.step_log import StepLog, read_entries
+from magneto_dist.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """The bytes of a sample, not yet looked at."""
+
+    sample_id: int
+    key: str
+    shard: str
+    image: bytes | None
+    annotation: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A parsed sample on its way into a batch."""
+
+    sample_id: int
+    """Position in the split."""
+    shard: str
+    sample: Sample
+
+
+Stage = Callable[[Iterator[Record]], Iterator[Record]]
+"""A user's step between parsing and batching, as a generator over the records of one micro-batch.
+
+It may change a record's sample or leave it out (it is then rejected), but not add any. It runs in
+loader processes: a function of a module, the same for the same record."""
+
+
+class SampleReader:
+    """Reads samples of one split by their ids; indexes of shards are read when first needed.
+
+    Args:
+        dataset: where the shards are.
+        split: which of them.
+        with_images: False: read annotations only.
+        max_indexes: shard indexes kept in memory.
+    """
+
+    def __init__(
+        self, dataset: Dataset, split: str, *, with_images: bool, max_indexes: int
+    ) -> None:
+        self._dataset, self._shards = dataset, dataset.shards(split)
+        self._with_images, self._max_indexes = with_images, max_indexes
+        self._ends = np.cumsum(dataset.shard_sizes(split), dtype=np.int64)
+        self._indexes: OrderedDict[str, ShardIndex] = OrderedDict()
+
+    def read(self, sample_ids: Int64[np.ndarray, " sample"]) -> Iterator[RawSample]:
+        """The samples in the order of their ids, which is that of their bytes on disk.
+
+        Raises:
+            InputError: a shard or its index cannot be read.
+        """
+        sample_ids = np.sort(sample_ids)
+        shard_of_sample = np.searchsorted(self._ends, sample_ids, side="right")
+        for sample_id, k in zip(sample_ids.tolist(), shard_of_sample.tolist(), strict=True):
+            shard = self._shards[k]
+            row = sample_id - int(self._ends[k]) + shard.num_samples
+            try:
+                yield self._read(sample_id, shard, row)
+            except OSError as error:
+                raise InputError(
+                    f"{self._dataset.root}/{shard.name}: sample {row} cannot be read ({error});"
+                    " check the data set with `shards.py verify`"
+                ) from None
+
+    def _read(self, sample_id: int, shard: Shard, row: int) -> RawSample:
+        index = self._index(shard)
+        annotation = index.annotation_offset.item(row), index.annotation_size.item(row)
+        image = index.image_offset.item(row), index.image_size.item(row)
+        has_image = self._with_images and image[1] > 0
+        # The members of a sample are neighbours: one read, of little more than both.
+        members = [annotation, image] if has_image else [annotation]
+        start = min(offset for offset, _ in members)
+        end = max(offset + size for offset, size in members)
+        content = self._dataset.storage.read(shard.name, start, end - start)
+
+        def member(offset: int, size: int) -> bytes:
+            return content[offset - start : offset - start + size]
+
+        return RawSample(
+            sample_id,
+            index.keys[row],
+            shard.name,
+            image=member(*image) if has_image else None,
+            annotation=member(*annotation),
+        )
+
+    def _index(self, shard: Shard) -> ShardIndex:
+        if shard.name not in self._indexes:
+            index = ShardIndex.read(self._dataset.storage, shard.name)
+            if index.num_samples != shard.num_samples:
+                raise InputError(
+                    f"{self._dataset.root}/{shard.name}: its index has {index.num_samples} samples,"
+                    f" dataset.json says {shard.num_samples}; build the data set again"
+                )
+            self._indexes[shard.name] = index
+            if len(self._indexes) > self._max_indexes:
+                self._indexes.popitem(last=False)
+        self._indexes.move_to_end(shard.name)
+        return self._indexes[shard.name]
+
+
+def load_rows(
+    sample_ids: Int64[np.ndarray, " row"],
+    reader: SampleReader,
+    stages: Sequence[Stage] = (),
+    *,
+    needs_images: bool,
+    needs_labels: bool,
+) -> list[Record | Reject | None]:
+    """What stands in each row of a micro-batch: a record, why there is none, or padding (id -1).
+
+    Args:
+        sample_ids: of the rows, -1 for padding.
+        reader: of the split.
+        stages: of the user, in order.
+        needs_images: reject samples without a picture.
+        needs_labels: reject samples that do not say which tags are important.
+
+    Raises:
+        InputError: a shard cannot be read, or a stage adds records.
+    """
+    raw = {sample.sample_id: sample for sample in reader.read(sample_ids[sample_ids >= 0])}
+    rejects: dict[int, Reject] = {}
+    records = parse(raw.values(), rejects)
+    for stage in stages:
+        records = stage(records)
+    records = usable(records, rejects, needs_images=needs_images, needs_labels=needs_labels)
+    rows: dict[int, Record | Reject | None] = {-1: None}
+    for record in records:
+        if record.sample_id not in raw or record.sample_id in rows:
+            raise InputError(
+                f"a stage made a second record of sample {record.sample_id}, or one of its own;"
+                " stages may change records and leave some out"
+            )
+        rows[record.sample_id] = record
+    for sample_id, sample in raw.items():
+        left_out = Reject(sample.key, sample.shard, "left out by a stage")
+        rows.setdefault(sample_id, rejects.get(sample_id, left_out))
+    return [rows[sample_id] for sample_id in sample_ids.tolist()]
+
+
+def parse(samples: Iterable[RawSample], rejects: dict[int, Reject]) -> Iterator[Record]:
+    """Records of the samples whose annotation is sound; the others go to `rejects` by id."""
+    for raw in samples:
+        try:
+            tags, important = parse_annotation(raw.annotation)
+        except BadSample as error:
+            rejects[raw.sample_id] = Reject(raw.key, raw.shard, str(error))
+        else:
+            yield Record(raw.sample_id, raw.shard, Sample(raw.key, raw.image, tags, important))
+
+
+def usable(
+    records: Iterable[Record],
+    rejects: dict[int, Reject],
+    *,
+    needs_images: bool,
+    needs_labels: bool,
+) -> Iterator[Record]:
+    """The records with everything that is needed; the others go to `rejects` by id."""
+    for record in records:
+        sample = record.sample
+        reason = None
+        if needs_images and sample.image is None:
+            reason = "has no picture"
+        elif not sample.tags:
+            reason = "has no tags"
+        elif needs_labels and sample.important is None:
+            reason = "has no 'important' labels"
+        if reason is None:
+            yield record
+        else:
+            rejects[record.sample_id] = Reject(sample.key, record.shard, reason)
+
+
+class Quarantine:
+    """The bad samples of a run: each rank writes its own file, each key stands in one of them.
+
+    In another epoch a bad sample may come to another rank. A rank therefore looks into the files of
+    the others before it writes; ranks walk in step, so theirs are at most a step behind.
+
+    Args:
+        path: the file of this rank; all ranks' files lie in one folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._log = StepLog(path)
+        self._start()
+
+    @property
+    def num_keys(self) -> int:
+        """Bad samples that this rank knows of, those of other ranks included."""
+        return len(self._keys)
+
+    def write(self, *, epoch: int, step: int, reject: Reject) -> None:
+        """Adds a bad sample that was met at a global step, unless it is known."""
+        if reject.key in self._keys:
+            return
+        for path in sorted(self.path.parent.glob("*.jsonl")):
+            self._read_new(path)
+        if reject.key in self._keys:
+            return
+        self._keys.add(reject.key)
+        self._log.append(
+            {
+                "epoch": epoch,
+                "step": step,
+                "key": reject.key,
+                "shard": reject.shard,
+                "reason": reject.reason,
+            }
+        )
+
+    def flush(self) -> None:
+        """Waits until all is on disk."""
+        self._log.flush()
+
+    def cut_back(self, step: int) -> None:
+        """Keeps what was met up to and including a global step."""
+        self._log.cut_back(step)
+        self._start()
+
+    def close(self) -> None:
+        """Ends writing."""
+        self._log.close()
+
+    def _start(self) -> None:
+        # Not yet the other files: their ranks may be about to cut them back.
+        self._keys: set[str] = set()
+        self._read_bytes: dict[Path, int] = {}
+        self._read_new(self.path)
+
+    def _read_new(self, path: Path) -> None:
+        entries, self._read_bytes[path] = read_entries(path, self._read_bytes.get(path, 0))
+        self._keys.update(entry["key"] for entry in entries)
+
+
+class Ledger:
+    """The samples that a rank has trained on, one line each.
+
+    Args:
+        path: the file of this rank.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._log = StepLog(path)
+
+    def write(self, *, epoch: int, step: int, keys: Iterable[str]) -> None:
+        """Adds the valid samples of a completed optimizer step."""
+        self._log.extend({"epoch": epoch, "step": step, "key": key} for key in keys)
+
+    def flush(self) -> None:
+        """Waits until all is on disk."""
+        self._log.flush()
+
+    def cut_back(self, step: int) -> None:
+        """Keeps the samples of the steps up to and including a global one."""
+        self._log.cut_back(step)
+
+    def close(self) -> None:
+        """Ends writing."""
+        self._log.close()

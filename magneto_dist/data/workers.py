@@ -1,0 +1,150 @@
+"""The processes that make batches: how they start, what they obey, when they end.
+
+1. `start_fork_server`: once per training process; a fresh process from which loader processes fork,
+   with everything imported. A fork of the training process itself would copy its threads and GPU.
+2. `run_loader` starts loader processes, yields what they make, and ends them.
+3. `init_worker` runs in each of them: one thread, deaf to signals, dead with its training process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver, resource_tracker
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from magneto_dist.errors import InputError
+
+_PRELOAD = ["__main__", "magneto_dist.data.loader"]
+# A scheduler sends these to every process of a job; the training process alone decides.
+_SIGNALS_OF_THE_RUN = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+_MAX_WORKERS = 8
+
+
+def cores_per_rank(ranks_per_node: int) -> int:
+    """This process's share of the cores that it may use, at least 1."""
+    return max(len(os.sched_getaffinity(0)) // ranks_per_node, 1)
+
+
+def default_num_workers(ranks_per_node: int) -> int:
+    """Loader processes per rank: its cores but one for itself, from 1 to 8."""
+    return min(max(cores_per_rank(ranks_per_node) - 1, 1), _MAX_WORKERS)
+
+
+def start_fork_server() -> None:
+    """Starts the process that loader processes fork from, if it does not run.
+
+    It inherits blocked signals: a SIGTERM to the process group would end it, and loading with it,
+    before the training process has saved.
+    """
+    forkserver.set_forkserver_preload(_PRELOAD)
+    resource_tracker.ensure_running()  # unblocks signals when it starts, so it has to come first
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_OF_THE_RUN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
+
+
+def run_loader(
+    dataset: Dataset[Any], tokens: Sequence[int], *, num_workers: int, prefetch: int, pin: bool
+) -> Iterator[Any]:
+    """Yields `dataset[token]` for each token, in order, made by loader processes.
+
+    Args:
+        dataset: picklable; gives an InputError as a value, for torch would wrap a raised one.
+        tokens: what to make.
+        num_workers: 0: in this process.
+        prefetch: items that each loader process keeps ready.
+        pin: call `pin_memory` of each item.
+
+    Raises:
+        InputError: the one that the data set gave, or a loader process was killed.
+    """
+    num_workers = min(num_workers, len(tokens))
+    iterator = _start(dataset, tokens, num_workers, prefetch, pin)
+    receive = _next if num_workers > 0 else next
+    try:
+        while (item := receive(iterator, None)) is not None:
+            if isinstance(item, InputError):
+                raise item
+            yield item
+    finally:
+        del iterator  # ends the loader processes
+
+
+def _start(
+    dataset: Dataset[Any], tokens: Sequence[int], num_workers: int, prefetch: int, pin: bool
+) -> Iterator[Any]:
+    if num_workers > 0:
+        start_fork_server()
+    with warnings.catch_warnings():
+        # torch's opinion on the number of processes: the user has asked for this one.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=tokens,
+            num_workers=num_workers,
+            multiprocessing_context="forkserver" if num_workers > 0 else None,
+            prefetch_factor=prefetch if num_workers > 0 else None,
+            worker_init_fn=init_worker,
+            pin_memory=pin,
+            # Making an iterator draws a number; the global generator belongs to the model.
+            generator=torch.Generator(),
+        )
+    return iter(loader)
+
+
+def _next(iterator: Iterator[Any], default: Any) -> Any:
+    """`next`, with the death of a loader process as an InputError: given, not raised."""
+    try:
+        return next(iterator, default)
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        reason = str(error)
+    except (OSError, EOFError) as error:
+        if "in DataLoader worker process" in str(error):  # torch's mark on what the data set raised
+            raise
+        reason = f"it left an item half sent: {error!r}"
+    # Raising it in an except clause would keep torch's frames, and with them the other processes.
+    return InputError(
+        f"a loader process was ended from outside ({reason}), perhaps for want of memory or of"
+        " shared memory (/dev/shm): lower --data.num_workers or --data.prefetch_batches"
+    )
+
+
+def init_worker(_worker_id: int) -> None:
+    """Settles a loader process: one thread, deaf to the signals of the run, never an orphan."""
+    torch.set_num_threads(1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_OF_THE_RUN)
+    threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    """Ends this process when the training process dies or itself sends SIGTERM.
+
+    The system's parent is the fork server, so neither torch's own watchdog nor PR_SET_PDEATHSIG
+    would notice the death of the training process.
+    """
+    training_process = multiprocessing.parent_process()
+    assert training_process is not None
+    while training_process.is_alive():
+        received = signal.sigtimedwait(_SIGNALS_OF_THE_RUN, 1.0)
+        if (
+            received is not None
+            and received.si_signo == signal.SIGTERM
+            and received.si_pid == training_process.pid
+        ):
+            break
+    sys.stderr.flush()
+    os._exit(1)

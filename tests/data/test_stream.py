@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small_data import NUM_SAMPLES, key_of, make_sample, read_jsonl
+
+from magneto_dist.batch import Reject
+from magneto_dist.data.shards import Dataset
+from magneto_dist.data.stream import Ledger, Quarantine, Record, SampleReader, load_rows
+from magneto_dist.errors import InputError
+
+
+def reader(dataset: Dataset, *, with_images: bool = True, max_indexes: int = 4) -> SampleReader:
+    return SampleReader(dataset, "train", with_images=with_images, max_indexes=max_indexes)
+
+
+def load(dataset: Dataset, ids: list[int], *stages, images: bool = True, labels: bool = True):
+    return load_rows(
+        np.array(ids, dtype=np.int64),
+        reader(dataset, with_images=images),
+        stages,
+        needs_images=images,
+        needs_labels=labels,
+    )
+
+
+def unlabelled(content: bytes) -> bytes:
+    return content.replace(b'"important"', b'"imp0rtant"')
+
+
+@pytest.mark.parametrize("max_indexes", [1, 100])
+def test_every_sample_is_read_as_it_was_written(small_dataset, max_indexes):
+    ids = np.random.default_rng(0).permutation(NUM_SAMPLES["train"])
+    raw = list(reader(small_dataset, max_indexes=max_indexes).read(ids))
+    assert [sample.sample_id for sample in raw] == list(range(NUM_SAMPLES["train"]))
+    for sample in raw:
+        written = make_sample(("train", sample.sample_id))
+        assert (sample.key, sample.image) == (written.key, written.image)
+        assert json.loads(sample.annotation)["tags"] == list(written.tags)
+        assert sample.shard == f"train-{sample.sample_id // 7:06}.tar"
+
+
+def test_pictures_are_not_read_where_they_do_not_matter(small_dataset, text_dataset):
+    with_pictures = list(reader(small_dataset, with_images=False).read(np.arange(9)))
+    without = list(reader(text_dataset).read(np.arange(9)))
+    assert [sample.image for sample in with_pictures + without] == [None] * 18
+    assert [s.annotation for s in with_pictures] == [s.annotation for s in without]
+
+
+def test_rows_keep_their_places_and_padding_is_none(small_dataset):
+    rows = load(small_dataset, [41, -1, 3, 40, -1])
+    assert [row and row.sample_id for row in rows] == [41, None, 3, 40, None]
+    assert rows[2] == Record(3, "train-000000.tar", make_sample(("train", 3)))
+    assert load(small_dataset, [-1, -1]) == [None, None]
+
+
+def test_a_bad_sample_is_named_with_its_reason_and_its_neighbours_are_intact(damaged):
+    damaged.edit_annotation(8, lambda content: content[:-1] + b"?")
+    damaged.edit_annotation(9, unlabelled)
+    bad, unlabelled_row, good = load(damaged.open(), [8, 9, 10])
+    assert (bad.key, bad.shard) == (key_of(8), "train-000001.tar")
+    assert "JSON" in bad.reason
+    assert unlabelled_row == Reject(key_of(9), "train-000001.tar", "has no 'important' labels")
+    assert good.sample == make_sample(("train", 10))
+    assert load(damaged.open(), [9], labels=False)[0].sample.important is None
+
+
+def test_a_sample_without_picture_is_bad_where_pictures_are_needed(text_dataset):
+    assert load(text_dataset, [5]) == [Reject(key_of(5), "train-000000.tar", "has no picture")]
+    assert isinstance(load(text_dataset, [5], images=False)[0], Record)
+
+
+def test_stages_may_change_samples_or_leave_them_out_but_add_none(small_dataset):
+    def renamed(records):
+        for record in records:
+            yield replace(record, sample=replace(record.sample, tags=("x",), important=(True,)))
+
+    def odd(records):
+        return (record for record in records if record.sample_id % 2)
+
+    def twice(records):
+        for record in records:
+            yield from (record, record)
+
+    def emptied(records):
+        for record in records:
+            yield replace(record, sample=replace(record.sample, tags=(), important=()))
+
+    rows = load(small_dataset, [4, 5], renamed, odd)
+    assert rows[0] == Reject(key_of(4), "train-000000.tar", "left out by a stage")
+    assert (rows[1].sample.key, rows[1].sample.tags) == (key_of(5), ("x",))
+    assert load(small_dataset, [5], emptied)[0].reason == "has no tags"
+    with pytest.raises(InputError, match="a stage made a second record of sample 4"):
+        load(small_dataset, [4, 5], twice)
+    with pytest.raises(InputError, match="a stage made"):
+        load(small_dataset, [4], lambda records: (replace(r, sample_id=7) for r in records))
+
+
+def test_a_shard_that_vanishes_or_shrinks_is_one_clear_line_with_its_name(damaged):
+    dataset = damaged.open()
+    cut, absent, unreadable = (damaged.folder / f"train-00000{k}.tar" for k in (2, 4, 5))
+    cut.write_bytes(cut.read_bytes()[:2000])
+    absent.unlink()
+    unreadable.unlink()
+    unreadable.symlink_to(unreadable)  # a loop; permissions would not stop root
+    with pytest.raises(InputError, match=r"train-000002\.tar: has 2000 bytes"):
+        load(dataset, [20])
+    with pytest.raises(InputError, match=r"train-000004\.tar: does not exist"):
+        load(dataset, [28])
+    with pytest.raises(InputError, match=r"train-000005\.tar: sample 6 cannot be read"):
+        load(dataset, [41])
+    (damaged.folder / "train-000003.idx").unlink()
+    with pytest.raises(InputError, match=r"train-000003\.idx"):
+        load(dataset, [21])
+    (damaged.folder / "train-000003.idx").write_bytes(
+        (damaged.folder / "train-000008.idx").read_bytes()
+    )
+    with pytest.raises(InputError, match=r"its index has 4 samples, dataset.json says 7"):
+        load(dataset, [21])
+
+
+def write(quarantine: Quarantine, step: int, key: str) -> None:
+    quarantine.write(epoch=0, step=step, reject=Reject(key, "train-000000.tar", "broken"))
+
+
+def keys_in(*quarantines: Quarantine) -> list[str]:
+    return [entry["key"] for quarantine in quarantines for entry in read_jsonl(quarantine.path)]
+
+
+def test_a_bad_sample_is_quarantined_once_a_run_also_after_a_restart(tmp_path):
+    path = tmp_path / "quarantine" / "rank-00000.jsonl"
+    quarantine = Quarantine(path)
+    for step, key in ((1, "a"), (2, "b"), (3, "a"), (5, "c"), (6, "b")):
+        write(quarantine, step, key)
+    quarantine.flush()
+    assert read_jsonl(path)[0] == {
+        "epoch": 0,
+        "step": 1,
+        "key": "a",
+        "shard": "train-000000.tar",
+        "reason": "broken",
+    }
+    assert (keys_in(quarantine), quarantine.num_keys) == (["a", "b", "c"], 3)
+    quarantine.close()
+
+    quarantine = Quarantine(path)
+    assert quarantine.num_keys == 3
+    quarantine.cut_back(4)
+    assert (keys_in(quarantine), quarantine.num_keys) == (["a", "b"], 2)
+    for key in ("b", "c", "d"):
+        write(quarantine, 5, key)
+    assert keys_in(quarantine) == ["a", "b", "c", "d"]
+    quarantine.close()
+
+
+def test_a_bad_sample_is_quarantined_once_over_all_ranks(tmp_path):
+    ranks = [Quarantine(tmp_path / f"rank-{rank:05}.jsonl") for rank in range(3)]
+    write(ranks[0], 1, "a")
+    write(ranks[1], 1, "b")
+    write(ranks[2], 3, "a")
+    write(ranks[2], 3, "c")
+    write(ranks[0], 4, "b")
+    write(ranks[1], 4, "c")
+    write(ranks[1], 4, "a")
+    assert sorted(keys_in(*ranks)) == ["a", "b", "c"]
+    assert max(quarantine.num_keys for quarantine in ranks) == 3
+    for quarantine in ranks:
+        quarantine.close()
+
+
+def test_what_another_rank_cut_back_is_quarantined_again(tmp_path):
+    ranks = [Quarantine(tmp_path / f"rank-{rank:05}.jsonl") for rank in range(2)]
+    write(ranks[0], 9, "a")
+    for quarantine in ranks[::-1]:  # the other one opens first
+        quarantine.cut_back(8)
+    write(ranks[1], 9, "a")
+    assert keys_in(*ranks) == ["a"]
+    for quarantine in ranks:
+        quarantine.close()
+
+
+def test_the_ledger_holds_a_line_for_each_trained_sample(tmp_path):
+    path = tmp_path / "ledger" / "rank-00000.jsonl"
+    ledger = Ledger(path)
+    ledger.write(epoch=0, step=1, keys=["a", "b"])
+    ledger.write(epoch=0, step=2, keys=[])
+    ledger.write(epoch=1, step=3, keys=["a"])
+    ledger.flush()
+    ledger.cut_back(2)
+    ledger.write(epoch=1, step=3, keys=["b"])
+    ledger.close()
+    assert read_jsonl(path) == [
+        {"epoch": 0, "step": 1, "key": "a"},
+        {"epoch": 0, "step": 1, "key": "b"},
+        {"epoch": 1, "step": 3, "key": "b"},
+    ]

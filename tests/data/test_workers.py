@@ -1,0 +1,177 @@
+"""Processes against real signals; what they make is a number and who made it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from magneto_dist.data.workers import default_num_workers, run_loader
+from magneto_dist.errors import InputError
+
+
+class Squares(Dataset):
+    """Gives (number squared, process, its torch threads), or `mischief` at one number."""
+
+    def __init__(self, mischief: tuple[int, str] = (-1, "")) -> None:
+        self.mischief = mischief
+
+    def __getitem__(self, number: int):
+        at, what = self.mischief
+        if number == at and what == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == at and what == "stuck":
+            time.sleep(600)
+        if number == at and what == "bug":
+            raise KeyError("a bug")
+        if number == at and what == "input":
+            return InputError("shard x: broken")
+        return torch.tensor(number**2), os.getpid(), torch.get_num_threads()
+
+
+def run(dataset: Dataset, tokens: range, num_workers: int):
+    return run_loader(dataset, tokens, num_workers=num_workers, prefetch=2, pin=False)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_for_end(pids: set[int], within_s: float) -> set[int]:
+    deadline_s = time.monotonic() + within_s
+    while (left := {pid for pid in pids if is_running(pid)}) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    return left
+
+
+def random_states() -> list:
+    return [torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()]
+
+
+def test_items_come_in_order_from_processes_with_one_thread_that_end_early_and_late():
+    before = random_states()
+    items = list(run(Squares(), range(3, 14), 2))
+    assert [int(square) for square, _, _ in items] == [n**2 for n in range(3, 14)]
+    pids = {pid for _, pid, _ in items}
+    assert len(pids) == 2
+    assert os.getpid() not in pids
+    assert {threads for _, _, threads in items} == {1}
+    assert not wait_for_end(pids, 5)
+
+    iterator = run(Squares(), range(1_000_000), 2)
+    pids = {next(iterator)[1] for _ in range(4)}
+    iterator.close()
+    assert not wait_for_end(pids, 5)
+    assert random_states() == before
+
+
+def test_without_processes_the_same_and_the_global_random_state_stays():
+    before = random_states()
+    items = list(run(Squares(), range(5), 0))
+    assert [int(square) for square, _, _ in items] == [n**2 for n in range(5)]
+    assert {pid for _, pid, _ in items} == {os.getpid()}
+    assert random_states() == before
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_errors_of_the_user_come_through_as_they_are_and_bugs_with_their_type(num_workers):
+    items = run(Squares((1, "input")), range(3), num_workers)
+    next(items)
+    with pytest.raises(InputError, match=r"^shard x: broken$"):
+        next(items)
+    with pytest.raises(KeyError, match="a bug"):
+        list(run(Squares((1, "bug")), range(3), num_workers))
+
+
+def test_a_killed_process_is_a_clear_error_and_its_neighbours_end():
+    items = run(Squares((4, "killed")), range(100), 2)
+    pids = {next(items)[1] for _ in range(2)}
+    started_at_s = time.monotonic()
+    with pytest.raises(InputError, match=r"loader process was ended from outside.*num_workers"):
+        list(items)
+    assert time.monotonic() - started_at_s < 20
+    assert not wait_for_end(pids, 10)
+
+
+SCRIPT = """
+    import os, signal, sys, time
+    sys.path.insert(0, {folder!r})
+    from test_workers import Squares, run
+
+    if __name__ == "__main__":
+        stopped = []
+        signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+        items = run(Squares(), range(60), 2)
+        print(os.getpid(), *{{next(items)[1] for _ in range(4)}}, flush=True)
+        while not stopped:
+            time.sleep(0.01)
+        time.sleep(1)  # long enough for processes that would die of the signal
+        print(sum(1 for _ in zip(range(40), items)), flush=True)
+        time.sleep(600)
+"""
+
+
+def test_processes_outlive_a_signal_to_the_whole_group_but_not_the_training_process(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(SCRIPT).format(folder=str(Path(__file__).parent)))
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        pids = {int(pid) for pid in process.stdout.readline().split()}
+        assert len(pids) == 3
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.stdout.readline() == "40\n"
+        group = pids_of_group(process.pid)
+        assert pids < group  # the fork server belongs to it too
+        process.kill()
+        process.wait()
+        assert not wait_for_end(group, 10)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_a_stuck_process_is_ended_when_its_batches_are_no_longer_wanted():
+    items = run(Squares((6, "stuck")), range(60), 2)
+    pids = {next(items)[1] for _ in range(4)}
+    items.close()
+    assert not wait_for_end(pids, 5)
+
+
+def pids_of_group(group: int) -> set[int]:
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if int(stat.read_text().rpartition(")")[2].split()[2]) == group:
+                found.add(int(stat.parent.name))
+    return found
+
+
+def test_the_default_is_this_ranks_cores_but_one_and_at_most_8(monkeypatch):
+    counts = {}
+    for cores in (1, 2, 8, 64):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        counts[cores] = [default_num_workers(ranks_per_node) for ranks_per_node in (1, 4)]
+    assert counts == {1: [1, 1], 2: [1, 1], 8: [7, 1], 64: [8, 8]}

@@ -1,0 +1,105 @@
+"""N ranks equal one: gloo processes under torchrun, DeepSpeed under accelerate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from processes import REPOSITORY, TINY, losses, run, status, summary
+
+STEPS = 20
+
+
+def options(data: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        *TINY,
+        "--model.dropout=0",  # drawn per rank, so that it alone may differ
+        f"--data.path={data}",
+        f"--output_dir={run_dir}",
+        f"--max_steps={STEPS}",
+        *more,
+    ]
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / f"checkpoints/step-{STEPS:08d}/model.safetensors")
+
+
+def assert_losses_agree(run_dir: Path, other: Path, relative: float) -> None:
+    ours, theirs = losses(run_dir), losses(other)
+    assert list(ours) == list(theirs) == list(range(1, STEPS + 1))
+    for step in ours:
+        assert ours[step] == pytest.approx(theirs[step], rel=relative), step
+
+
+@pytest.fixture(scope="module")
+def one_process(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run of one process, in float64 and float32."""
+    folder = tmp_path_factory.mktemp("one")
+    for dtype in ("float64", "float32"):
+        run("train_ls.py", *options(demo_shards, folder / dtype, f"--train.param_dtype={dtype}"))
+    return {dtype: folder / dtype for dtype in ("float64", "float32")}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+def test_two_ranks_have_the_loss_curve_of_one(
+    demo_shards: Path,
+    one_process: dict[str, Path],
+    tmp_path: Path,
+    dtype: str,
+    tolerance: float,
+) -> None:
+    more = [f"--train.param_dtype={dtype}", "--data.ledger=true"]
+    run("train_ls.py", *options(demo_shards, tmp_path, *more), ranks=2)
+    assert_losses_agree(tmp_path, one_process[dtype], tolerance)
+    assert summary(tmp_path)["world_size"] == 2
+    if dtype == "float64":
+        ours, theirs = final_weights(tmp_path), final_weights(one_process[dtype])
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-10, msg=name)
+    lines = [
+        json.loads(line)
+        for rank in (0, 1)
+        for line in (tmp_path / f"ledger/rank-{rank:05d}.jsonl").read_text().splitlines()
+    ]
+    keys = [line["key"] for line in lines if line["epoch"] == 0]
+    assert len(keys) == len(set(keys)) == 90
+
+
+def test_accumulation_and_three_ranks_equal_one(
+    demo_shards: Path, one_process: dict[str, Path], tmp_path: Path
+) -> None:
+    more = ["--train.param_dtype=float64", "--train.max_micro_batch_size=4"]
+    run("train_ls.py", *options(demo_shards, tmp_path, *more), ranks=3)
+    assert_losses_agree(tmp_path, one_process["float64"], 1e-9)
+
+
+def test_zero_2_has_the_loss_curve_of_one_process(
+    demo_shards: Path, one_process: dict[str, Path], tmp_path: Path
+) -> None:
+    config = REPOSITORY / "configs" / "accelerate" / "zero2_cpu_2.yaml"
+    through = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    run("train_ls.py", *options(demo_shards, tmp_path), through=through)
+    assert_losses_agree(tmp_path, one_process["float32"], 1e-4)
+    assert status(tmp_path)["state"] == "done"
+
+
+def test_bf16_learns(demo_shards: Path, one_process: dict[str, Path], tmp_path: Path) -> None:
+    run("train_ls.py", *options(demo_shards, tmp_path, "--train.precision=bf16"))
+    ours, reference = losses(tmp_path), losses(one_process["float32"])
+    assert ours[STEPS] == pytest.approx(reference[STEPS], rel=0.1)
+    assert ours[STEPS] < ours[1]
+
+
+def test_grown_and_shrunk_run_keeps_its_batches(
+    demo_shards: Path, one_process: dict[str, Path], tmp_path: Path
+) -> None:
+    for ranks, last_step in ((2, 8), (0, 13), (2, STEPS)):
+        more = ["--train.param_dtype=float64", f"--max_steps={last_step}"]
+        run("train_ls.py", *options(demo_shards, tmp_path, *more), ranks=ranks)
+    assert_losses_agree(tmp_path, one_process["float64"], 1e-9)

@@ -1,0 +1,81 @@
+"""Launchers as real processes, and what they leave in a run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+
+# Small enough for seconds, with every part of the real thing: backbone that trains, ghost batch
+# norm, two streams, gate, augmentation, tag adding & dropping.
+TINY = [
+    "--augment.image_size=32",
+    "--tags.max_tags=12",
+    "--model.d_model=16",
+    "--model.num_heads=2",
+    "--model.d_ff=32",
+    "--model.backbone_stages=2",
+    "--model.batch_norm_group_size=4",
+    "--optim.warmup_steps=0",
+    "--train.global_batch_size=16",
+    "--data.num_workers=0",
+    "--data.num_streams=4",
+    "--log.every_steps=1",
+    "--log.tensorboard=false",
+]
+
+
+def launch(
+    launcher: str, *options: str, ranks: int = 0, through: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Starts a launcher as a process of its own; `ranks` > 0: that many under torchrun."""
+    command = [*through] or [sys.executable]
+    if ranks:
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+        command += [f"--master_port={free_port()}"]
+    return subprocess.Popen(
+        [*command, str(REPOSITORY / "launchers" / launcher), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def run(launcher: str, *options: str, ranks: int = 0, through: Sequence[str] = ()) -> str:
+    """Runs a launcher to its end, which must be a good one; returns what it printed."""
+    process = launch(launcher, *options, ranks=ranks, through=through)
+    output, _ = process.communicate(timeout=170)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Training loss of every logged step; no step may be logged twice."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["split"] == "train"]
+    assert len(steps) == len(set(steps))
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
+
+
+def summary(run_dir: Path) -> dict:
+    """`summary.json` of a run."""
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def status(run_dir: Path) -> dict:
+    """`status.json` of a run."""
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

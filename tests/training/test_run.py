@@ -1,0 +1,164 @@
+"""A run from end to end, killed, stopped, resumed, refused: with real processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from processes import TINY, launch, losses, run, status, summary
+
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 14 steps (6 an epoch) that nobody disturbed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "ungestört"
+    output = run("train_ls.py", *options(demo_shards, run_dir))
+    assert "gated output" in output
+    return run_dir
+
+
+def options(data: Path, run_dir: Path, *more: str) -> list[str]:
+    every = ["--checkpoint.every_steps=4", "--data.ledger=true", f"--max_steps={STEPS}"]
+    return [*TINY, *every, f"--data.path={data}", f"--output_dir={run_dir}", *more]
+
+
+def ledger(run_dir: Path) -> list[dict]:
+    lines = (run_dir / "ledger" / "rank-00000.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    started_at_s = time.monotonic()
+    path = run_dir / "metrics.jsonl"
+    while time.monotonic() - started_at_s < 120 and process.poll() is None:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.02)
+    pytest.fail(f"step {step} never came: {process.communicate()[0]}")
+
+
+def assert_same_run(run_dir: Path, other: Path) -> None:
+    """Bit-equal losses, weights, metrics; the same samples, each once."""
+    assert losses(run_dir) == losses(other)
+    assert summary(run_dir)["validation"] == summary(other)["validation"]
+    assert ledger(run_dir) == ledger(other)
+    name = f"checkpoints/step-{STEPS:08d}/model.safetensors"
+    ours, theirs = load_file(run_dir / name), load_file(other / name)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key].equal(theirs[key]) for key in ours)
+
+
+def test_run_folder(undisturbed: Path) -> None:
+    assert list(losses(undisturbed)) == list(range(1, STEPS + 1))
+    result = summary(undisturbed)
+    assert (result["step"], result["epoch"], result["world_size"]) == (STEPS, 2, 1)
+    assert 0 <= result["data_wait_fraction"] <= 1
+    assert result["images_per_second"] > 0
+    for head in ("final", "image", "tag"):
+        for protocol in ("paper", "strict"):
+            for metric in ("precision", "recall", "f1"):
+                assert 0 <= result["validation"][head][protocol][metric] <= 1
+    assert status(undisturbed) == {"state": "done", "step": STEPS, "reason": ""}
+    assert (undisturbed / "config.yaml").is_file()
+
+
+def test_ledger_holds_every_sample_of_an_epoch_once(undisturbed: Path) -> None:
+    for epoch in (0, 1):
+        keys = [line["key"] for line in ledger(undisturbed) if line["epoch"] == epoch]
+        assert len(keys) == len(set(keys)) == 90
+
+
+def test_finished_run_says_so(demo_shards: Path, undisturbed: Path) -> None:
+    before = summary(undisturbed)
+    assert "finished" in run("train_ls.py", *options(demo_shards, undisturbed))
+    assert summary(undisturbed) == before
+
+
+def test_killed_run_goes_on_where_it_was(
+    demo_shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    process = launch("train_ls.py", *options(demo_shards, tmp_path))
+    wait_for_step(process, tmp_path, 7)
+    process.kill()
+    process.communicate()
+    run("train_ls.py", *options(demo_shards, tmp_path))
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_sigterm_saves_exits_75_and_goes_on(
+    demo_shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    process = launch("train_ls.py", *options(demo_shards, tmp_path))
+    wait_for_step(process, tmp_path, 5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    stopped = status(tmp_path)
+    assert stopped["state"] == "preempted"
+    assert (tmp_path / f"checkpoints/step-{stopped['step']:08d}/COMPLETE").is_file()
+    run("train_ls.py", *options(demo_shards, tmp_path))
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_second_writer_is_refused_and_named(demo_shards: Path, tmp_path: Path) -> None:
+    first = launch("train_ls.py", *options(demo_shards, tmp_path, "--max_steps=100000"))
+    wait_for_step(first, tmp_path, 1)
+    first.send_signal(signal.SIGSTOP)  # holds the lock, uses no core
+    try:
+        second = launch("train_ls.py", *options(demo_shards, tmp_path))
+        output, _ = second.communicate(timeout=100)
+    finally:
+        first.kill()
+        first.communicate()
+    assert second.returncode == 2
+    assert f"process {first.pid}" in output
+
+
+def test_damaged_checkpoint_is_passed_over(
+    demo_shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    newest = run_dir / f"checkpoints/step-{STEPS:08d}/model.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    output = run("train_ls.py", *options(demo_shards, run_dir))
+    assert "passed over" in output
+    assert "model.safetensors" in output
+    assert_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("--model.d_model=32", "model.d_model"),
+        ("--train.global_batch_size=8", "train.global_batch_size"),
+        ("--seed=1", "seed"),
+        ("--resume=never", "--resume never"),
+        ("--data.path=/nowhere/at/all", "/nowhere/at/all"),
+        ("--train.precision=fp16", "fp16"),
+        ("--train.nonsense=1", "train.nonsense"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    demo_shards: Path, undisturbed: Path, change: str, named: str
+) -> None:
+    before = summary(undisturbed)
+    process = launch("train_ls.py", *options(demo_shards, undisturbed, change))
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 2, output
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert named in errors[0]
+    assert "Traceback" not in output
+    assert summary(undisturbed) == before
