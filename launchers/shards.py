@@ -14,7 +14,7 @@ from importlib import import_module
 from json import dumps
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from magneto_dist.data.inspect import format_stats, stats
 from magneto_dist.data.sample import DEFAULT_MAX_MEGAPIXELS
@@ -32,26 +32,28 @@ SOURCES = {
 
 def main() -> None:
     """Does what the command line says."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     words = list(map(_with_underscores, sys.argv[1:]))
-    arguments = _parser(with_sources=words[:1] == ["build"]).parse_args(words)
+    parser = _parser(source_asked_for=words[1] if len(words) > 1 else "")
+    arguments = parser.instantiate(parser.parse_args(words))
     options = arguments[arguments.verb]
     if arguments.verb == "build":
-        _build(options.source, vars(options[options.source]))
+        _build(options.source, options[options.source].as_dict())
     else:
-        {"verify": _verify, "stats": _stats}[arguments.verb](**vars(options))
+        {"verify": _verify, "stats": _stats}[arguments.verb](**options.as_dict())
 
 
-def _parser(with_sources: bool) -> ArgumentParser:
+def _parser(source_asked_for: str) -> ArgumentParser:
     parser = ArgumentParser(prog="shards.py", description="Makes data sets and looks into them.")
     verbs = parser.add_subcommands(dest="verb")
     build = ArgumentParser(description="Writes a data set; goes on after an interruption.")
     verbs.add_subcommand("build", build, help="write a data set")
-    if with_sources:  # their modules take a while to import
-        sources = build.add_subcommands(dest="source")
-        for name, summary in SOURCES.items():
-            source = ArgumentParser(description=summary)
+    sources = build.add_subcommands(dest="source")
+    for name, summary in SOURCES.items():
+        source = ArgumentParser(description=summary)
+        if name == source_asked_for:  # only its module is imported: some take seconds
             source.add_function_arguments(_builder(name))
-            sources.add_subcommand(name, source, help=summary)
+        sources.add_subcommand(name, source, help=summary)
 
     check = ArgumentParser(description="Reads and decodes everything; exit code 2 on damage.")
     check.add_argument("data_set", help="folder or URL with dataset.json")

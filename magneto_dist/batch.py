@@ -60,6 +60,8 @@ class Batch:
     """From 0."""
     rejects: tuple[Reject, ...] = ()
     """Samples of this micro-batch that go to the quarantine."""
+    all_valid: bool = False
+    """Known on the CPU that every row is valid: the model need not be told which are."""
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch with its tensors on `device`, copied without blocking from pinned memory."""
@@ -78,7 +80,7 @@ class Batch:
             "tag_ids": self.tag_ids,
             "tag_mask": self.tag_mask,
             "pixels": self.pixels,
-            "sample_valid": self.sample_valid,
+            "sample_valid": None if self.all_valid else self.sample_valid,
         }
 
     def _tensors(self) -> dict[str, Tensor]:

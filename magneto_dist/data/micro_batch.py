@@ -129,6 +129,7 @@ class MicroBatches(torch.utils.data.Dataset):
             micro_step=micro_step,
             epoch=epoch,
             rejects=tuple(row for row in rows if isinstance(row, Reject)),
+            all_valid=bool(sample_valid.all()),
         )
         return Encoded(
             batch,
@@ -208,7 +209,7 @@ class MicroBatches(torch.utils.data.Dataset):
         blank = {name: getattr(batch, name).clone() for name in values}
         for name, value in values.items():
             blank[name][rows] = value
-        return replace(batch, **blank)
+        return replace(batch, **blank, all_valid=False)
 
     @cached_property
     def _reader(self) -> SampleReader:

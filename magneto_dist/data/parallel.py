@@ -1,6 +1,6 @@
 """Work on many shards in many processes, with one progress bar and a clean end.
 
-1. Tasks go to fresh processes (spawned: they inherit no threads, locks or GPU state).
+1. Tasks go to processes forked from the clean server that loader processes come from, too.
 2. They count items as they go; the bar shows items/s and the time left.
 3. After an error or Ctrl-C the processes stop within one item; should this process be killed, they
    end by themselves.
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -72,11 +70,14 @@ def run_tasks(
 def _run_in_processes(
     work: Callable[[Task, Tick], Result], tasks: Sequence[Task], num_processes: int, bar: tqdm
 ) -> Iterator[Result]:
-    context = multiprocessing.get_context("spawn")
+    from magneto_dist.data.workers import start_fork_server  # here: imports torch, which takes time
+
+    start_fork_server()  # its children are deaf to the Ctrl-C that a terminal sends to them, too
+    context = multiprocessing.get_context("forkserver")
     num_done, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(num_processes, context, _init_process, (work, num_done, stop))
     try:
-        pending = _submit(pool, tasks)
+        pending: set[Future[Result]] = {pool.submit(_run_task, task) for task in tasks}
         while pending:
             done, pending = wait(pending, timeout=_REFRESH_S, return_when=FIRST_COMPLETED)
             _advance(bar, num_done.value - bar.n)
@@ -90,16 +91,6 @@ def _run_in_processes(
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
-
-
-def _submit(pool: ProcessPoolExecutor, tasks: Sequence[Any]) -> set[Future]:
-    """Starts the processes, deaf to the Ctrl-C that the terminal sends to all of a command."""
-    resource_tracker.ensure_running()  # unblocks signals when it starts, so it has to come first
-    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return {pool.submit(_run_task, task) for task in tasks}
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
 
 
 def _advance(bar: tqdm, count: int) -> None:

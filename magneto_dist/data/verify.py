@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from magneto_dist.data.parallel import Tick, run_tasks
 from magneto_dist.data.sample import (
+    DEFAULT_MAX_MEGAPIXELS,
     IMAGE_KINDS,
     BadSample,
     check_image_decodes,
@@ -42,7 +43,9 @@ class Damage(NamedTuple):
         return f"{self.shard}{f', sample {self.key}' if self.key else ''}: {self.reason}"
 
 
-def verify(dataset: Dataset, num_processes: int, max_megapixels: float) -> list[Damage]:
+def verify(
+    dataset: Dataset, num_processes: int, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
+) -> list[Damage]:
     """Reads the whole data set and decodes every picture.
 
     Args:

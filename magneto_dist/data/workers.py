@@ -101,7 +101,7 @@ def _start(
             # Making an iterator draws a number; the global generator belongs to the model.
             generator=torch.Generator(),
         )
-    return iter(loader)
+        return iter(loader)
 
 
 def _next(iterator: Iterator[Any], default: Any) -> Any:

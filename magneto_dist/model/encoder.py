@@ -15,8 +15,8 @@ class TransformerEncoder(nn.Module):
     The layers are `nn.TransformerEncoderLayer` as published by Vaswani et al.: post-norm, ReLU
     inside, dropout on attention weights, inside the feed-forward network and on both residual
     branches. Each is initialised on its own (`nn.TransformerEncoder` starts them as copies of one).
-    A tag list is a set, so there is no positional encoding. The ReLU on the output is not in the
-    paper's text; the authors' code has it.
+    A tag list is a set, so there is no positional encoding. The paper is silent on what follows the
+    last layer; we take a ReLU.
 
     Args:
         config: d_model, num_heads, d_ff, dropout.

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
@@ -21,9 +20,9 @@ from magneto_dist.model.norm import GhostBatchNorm2d, share_row_validity
 class ImageStream(nn.Module):
     """The visual stream of MAGNeto, and all of TF-it but embedding and head.
 
-    Attention from tags to regions stands alone as in figure 2: no residual branch, which would let
-    tags pass by the image. The paper's text leaves the function after it open; like the authors'
-    code we take ReLU, then dropout.
+    What the tags see in the regions goes into the encoder as it is, as section 3.1 says: no
+    residual branch, which would let tags pass by the image, and no function of its own. Dropout is
+    that of torch's `nn.MultiheadAttention`, on the attention weights.
 
     Args:
         config: everything about backbone, attention and encoder.
@@ -41,7 +40,6 @@ class ImageStream(nn.Module):
         self.attention = nn.MultiheadAttention(
             config.d_model, config.num_heads, config.dropout, batch_first=True
         )
-        self.dropout = nn.Dropout(config.dropout)
         self.encoder = TransformerEncoder(config, config.image_layers)
         self._rows = share_row_validity(self)
 
@@ -66,7 +64,7 @@ class ImageStream(nn.Module):
             )
         regions = self.regions(pixels, sample_valid)
         seen, _ = self.attention(tags, regions, regions, need_weights=False)
-        return self.encoder(self.dropout(torch.relu(seen)), tag_mask)
+        return self.encoder(seen, tag_mask)
 
     def regions(
         self,

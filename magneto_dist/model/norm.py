@@ -71,6 +71,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         Raises:
             ValueError: in training, a batch that is larger than a group and no multiple of it.
         """
+        if self.training and self.rows.valid is None:
+            with torch.autocast(input.device.type, enabled=False):
+                return self._normalise_full_groups(input)
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         with torch.autocast(input.device.type, enabled=False):
             normalise = self._normalise_groups if self.training else self._normalise_all
@@ -81,12 +84,31 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         mean, variance = (s.to(x.dtype)[:, None, None] for s in self._running())
         return (x - mean) * (variance + self.eps).rsqrt()
 
-    def _normalise_groups(self, x: Tensor) -> Tensor:
-        batch, _, height, width = x.shape
+    def _normalise_full_groups(self, x: Tensor) -> Tensor:
+        """All rows valid, the usual case: torch's own batch norm, group by group.
+
+        Half again as fast a training step of a small ResNet on CPU as `_normalise_groups`.
+        """
+        outputs = []
+        for group in x.split(self._rows_per_group(len(x))):
+            output, mean, inverse_std = torch.native_batch_norm(
+                group, self.weight, self.bias, None, None, True, 0.0, self.eps
+            )
+            outputs.append(output)
+            count = mean.new_full((1, 1), group.numel() / group.shape[1])
+            variance = (inverse_std.detach() ** -2 - self.eps).clamp(min=0)
+            self._add_to_statistics(count, mean[None], variance[None])
+        return torch.cat(outputs)
+
+    def _rows_per_group(self, batch: int) -> int:
         rows_per_group = min(self.group_size, batch)
         if batch % rows_per_group:
             raise ValueError(f"{batch} rows cannot be cut into groups of {self.group_size}")
-        x = x.unflatten(0, (-1, rows_per_group))  # group row channel height width
+        return rows_per_group
+
+    def _normalise_groups(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        x = x.unflatten(0, (-1, self._rows_per_group(batch)))  # group row channel height width
         valid = self._valid_rows(x)  # group row 1 1 1
         count = (valid.sum(1, keepdim=True) * (height * width)).to(x.dtype)  # group 1 1 1 1
         divisor = count.clamp(min=1)
@@ -98,8 +120,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         return (centred * (variance + self.eps).rsqrt()).flatten(0, 1)
 
     def _valid_rows(self, x: Float[Tensor, "group row channel height width"]) -> Tensor:
-        if self.rows.valid is None:
-            return torch.ones(*x.shape[:2], 1, 1, 1, dtype=torch.bool, device=x.device)
+        assert self.rows.valid is not None
         return self.rows.valid.view(*x.shape[:2], 1, 1, 1)
 
     @torch.no_grad()

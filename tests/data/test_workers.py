@@ -99,7 +99,7 @@ def test_errors_of_the_user_come_through_as_they_are_and_bugs_with_their_type(nu
 
 
 def test_a_killed_process_is_a_clear_error_and_its_neighbours_end():
-    items = run(Squares((4, "killed")), range(100), 2)
+    items = run(Squares((8, "killed")), range(100), 2)
     pids = {next(items)[1] for _ in range(2)}
     started_at_s = time.monotonic()
     with pytest.raises(InputError, match=r"loader process was ended from outside.*num_workers"):

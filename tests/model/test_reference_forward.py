@@ -110,7 +110,7 @@ def reference(tag_ids: list[int], features: Array, w: Weights) -> list[dict[str,
     tags = [w["tag_embedding.vectors.weight"][tag] for tag in tag_ids]
     image = w.below("image_stream")
     seen = attention(tags, regions(features, image), image.below("attention"))
-    image_features = encoder([relu(x) for x in seen], image.below("encoder"), CONFIG.image_layers)
+    image_features = encoder(seen, image.below("encoder"), CONFIG.image_layers)
     tag_features = encoder(tags, w.below("tag_stream.encoder"), CONFIG.tag_layers)
     results = []
     for x, y in zip(image_features, tag_features, strict=True):

@@ -1,6 +1,6 @@
 """Demo data: generated pictures on which it can be seen in minutes what each stream is good for.
 
-1. `demo_pictures` draws a scene of shapes, colours and a texture.
+1. `demo_pictures` draws a scene of vivid shapes on a pale background.
 2. `_visual_tags`: some of what is shown (important) and as much of the same kinds that is not. Only
    the picture tells them apart.
 3. `_context_tags`: a place, and things that are important exactly if their place is among the tags.
@@ -26,6 +26,7 @@ from magneto_dist.data.sources.demo_pictures import (
     COLOURS,
     SHAPES,
     TEXTURES,
+    TINTS,
     draw,
     encode,
     random_scene,
@@ -60,13 +61,13 @@ OUTLIERS = tuple(
     """.split()
 )
 """Never important, and rare: falling frequency."""
+_KINDS = (SHAPES, tuple(COLOURS), tuple(TINTS), TEXTURES)
+_KIND_SHARES = (1 / 3, 1 / 3, 1 / 6, 1 / 6)  # of tags not shown; about those of tags that are
 VOCABULARY = Vocabulary(
-    [*SHAPES, *COLOURS, *TEXTURES]
+    [tag for kind in _KINDS for tag in kind]
     + [tag for place, things in PLACES.items() for tag in (place, *things)]
     + [*GENERAL_TAGS, *OUTLIERS]
 )
-_KINDS = (SHAPES, tuple(COLOURS), TEXTURES)
-_KIND_SHARES = (0.4, 0.4, 0.2)  # of tags not shown; close to those of the tags that are
 _SAMPLES_PER_SHARD = 500
 
 
@@ -164,7 +165,7 @@ def _visual_tags(shown: tuple[str, ...], rng: np.random.Generator) -> dict[str, 
     """
     count = min(len(shown), int(rng.integers(2, 4, endpoint=True)))
     tags = dict.fromkeys(rng.choice(shown, count, replace=False).tolist(), True)
-    for kind in rng.choice(3, int(rng.integers(2, 4, endpoint=True)), p=_KIND_SHARES):
+    for kind in rng.choice(4, int(rng.integers(2, 4, endpoint=True)), p=_KIND_SHARES):
         absent = [name for name in _KINDS[kind] if name not in shown]
         tags[str(rng.choice(absent))] = False
     return tags

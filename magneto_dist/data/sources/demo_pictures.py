@@ -1,7 +1,7 @@
-"""The pictures of the demo data: coloured shapes on textured grey, drawn from a random generator.
+"""The pictures of the demo data: vivid shapes on pale textures, drawn from a random generator.
 
-1. `random_scene` decides what is shown: one texture, one to three objects, a size.
-2. `draw` paints it in grey and colour, with light and noise that mean nothing.
+1. `random_scene` decides what is shown: a tint and a texture, one to three objects.
+2. `draw` paints it, with light and noise that mean nothing.
 3. `encode` makes a JPEG of it.
 
 Shapes are large, stay clear of the border and look the same mirrored, so that a flip or a crop of
@@ -27,7 +27,16 @@ COLOURS = {
     "purple": (150, 40, 190),
     "black": (15, 15, 15),
 }
-"""Name -> RGB."""
+"""Of objects: name -> RGB."""
+TINTS = {
+    "grey": (150, 150, 150),
+    "rose": (205, 140, 155),
+    "mint": (135, 200, 165),
+    "azure": (135, 175, 220),
+    "beige": (205, 185, 135),
+    "lilac": (175, 145, 210),
+}
+"""Of backgrounds: name -> mean RGB."""
 SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "moon")
 TEXTURES = ("plain", "stripes", "checks", "dots", "grid", "waves", "clouds", "speckles")
 
@@ -59,17 +68,18 @@ class Scene:
     """Pixels."""
     height: int
     """Pixels."""
+    tint: str
     texture: str
     things: tuple[Thing, ...]
 
     def concepts(self) -> tuple[str, ...]:
-        """Every shape, colour and texture that is shown, once."""
+        """Every shape, colour, tint and texture that is shown, once."""
         names = [name for thing in self.things for name in (thing.shape, thing.colour)]
-        return tuple(dict.fromkeys([*names, self.texture]))
+        return tuple(dict.fromkeys([*names, self.tint, self.texture]))
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """One texture and one to three objects that do not overlap."""
+    """One background and one to three objects that do not overlap."""
     side, other = rng.integers(_SIDES[0], _SIDES[1], endpoint=True, size=2)
     other = np.clip(other, int(side * 0.8), int(side * 1.25))
     width, height = np.clip((side, other), *_SIDES).tolist()
@@ -84,7 +94,8 @@ def random_scene(rng: np.random.Generator) -> Scene:
         )
         for x, y, radius in _places(rng, count)
     )
-    return Scene(width, height, str(rng.choice(TEXTURES)), things)
+    tint, texture = str(rng.choice(list(TINTS))), str(rng.choice(TEXTURES))
+    return Scene(width, height, tint, texture, things)
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> UInt8[np.ndarray, "height width 3"]:
@@ -126,18 +137,16 @@ def _places(rng: np.random.Generator, count: int) -> Iterator[tuple[float, float
         yield float(x), float(y), radius * float(rng.uniform(0.92, 1.0))
 
 
-def _background(
-    scene: Scene, rng: np.random.Generator
-) -> Float32[np.ndarray, "height width 3"]:
-    """The texture in two greys, each with a trace of colour."""
-    dark = rng.uniform(85, 125) + rng.uniform(-9, 9, 3)
-    light = dark + rng.uniform(75, 95)
-    mix = _texture(scene, rng)[..., None]
-    return (dark * (1 - mix) + light * mix).astype(np.float32)
+def _background(scene: Scene, rng: np.random.Generator) -> Float32[np.ndarray, "height width 3"]:
+    """The texture in two shades of the tint."""
+    mean = np.array(TINTS[scene.tint]) + rng.uniform(-8, 8, 3)
+    contrast = rng.uniform(75, 95)
+    shade = (_texture(scene, rng) - 0.5) * contrast
+    return (mean + shade[..., None]).astype(np.float32)
 
 
 def _texture(scene: Scene, rng: np.random.Generator) -> Float32[np.ndarray, "height width"]:
-    """Share of the lighter grey at each pixel, 0 to 1."""
+    """How light each pixel is, 0 to 1."""
     unit = min(scene.width, scene.height)
     period = float(rng.uniform(0.16, 0.21))
     start_y, start_x = rng.uniform(0, 1, 2)
@@ -176,7 +185,9 @@ def _smooth_noise(
     scene: Scene, rng: np.random.Generator, cells: int
 ) -> Float32[np.ndarray, "height width"]:
     coarse = rng.uniform(-0.3, 1.3, (cells, cells)).astype(np.float32)
-    return np.clip(cv2.resize(coarse, (scene.width, scene.height), interpolation=cv2.INTER_CUBIC), 0, 1)
+    return np.clip(
+        cv2.resize(coarse, (scene.width, scene.height), interpolation=cv2.INTER_CUBIC), 0, 1
+    )
 
 
 def _fixed_point(points: Polygon) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 1. `_read` yields the cells of each row, and checks that the columns exist.
 2. `_table_rows` makes rows of paths, tags and labels; nothing is read from pictures yet.
-3. `_unique_keys` names the samples after their pictures; `_split` decides what is validated on.
-4. `load_row` reads one picture, in one of the writer's processes.
+3. `_unique_keys` names the samples after their pictures; `_split_of` decides what is validated on.
+4. `PictureReader` reads one picture, in one of the writer's processes.
 """
 
 from __future__ import annotations
@@ -57,8 +57,6 @@ class TableRow(NamedTuple):
     """One sample before its picture is read."""
 
     key: str
-    root: str
-    """Folder that the picture must lie in."""
     path: str
     """As in the table."""
     tags: tuple[str, ...]
@@ -96,38 +94,43 @@ def build(
             among the tags; or as for `write_dataset`.
     """
     check_fraction(validation_fraction)
-    root = str((images or table.parent).resolve())
-    rows, split_names = _table_rows(table, root, columns)
+    rows, split_names = _table_rows(table, columns)
     splits: dict[str, list[TableRow]] = {"train": [], "validation": []}
     for row, name in zip(rows, split_names, strict=True):
         splits[name or _split_of(row.path, validation_fraction)].append(row)
     return write_dataset(
         out,
         splits,
-        load_row,
+        PictureReader((images or table.parent).resolve()),
         vocabulary_of((row.tags for row in rows), vocabulary),
         samples_per_shard=samples_per_shard,
         num_processes=num_processes,
-        source={"builder": "table", "table": table.name, "images": root},
+        source={"builder": "table", "table": table.name},
     )
 
 
-def load_row(row: TableRow) -> Sample:
-    """Reads the picture of a row.
+@dataclass(frozen=True)
+class PictureReader:
+    """Makes a sample of a row."""
 
-    Raises:
-        BadSample: it is not there, or not inside the folder of pictures.
-    """
-    root = Path(row.root)
-    try:
-        path = (root / row.path).resolve()  # follows "..", links and absolute paths
-        if not path.is_relative_to(root):
-            raise BadSample(f"picture {row.path!r} lies outside {row.root}", row.key)
-        image = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        reason = getattr(error, "strerror", None) or str(error)
-        raise BadSample(f"picture {row.path!r} cannot be read: {reason}", row.key) from None
-    return Sample(row.key, image, row.tags, row.important)
+    root: Path
+    """Folder that every picture lies in; absolute, without links."""
+
+    def __call__(self, row: TableRow) -> Sample:
+        """Reads the picture of a row.
+
+        Raises:
+            BadSample: it is not there, or not inside the folder.
+        """
+        try:
+            path = (self.root / row.path).resolve()  # follows "..", links and absolute paths
+            if not path.is_relative_to(self.root):
+                raise BadSample(f"picture {row.path!r} lies outside {self.root}", row.key)
+            image = path.read_bytes()
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+            reason = getattr(error, "strerror", None) or str(error)
+            raise BadSample(f"picture {row.path!r} cannot be read: {reason}", row.key) from None
+        return Sample(row.key, image, row.tags, row.important)
 
 
 def _split_of(path: str, validation_fraction: float) -> str:
@@ -135,9 +138,7 @@ def _split_of(path: str, validation_fraction: float) -> str:
     return "validation" if is_validation(path, validation_fraction) else "train"
 
 
-def _table_rows(
-    table: Path, root: str, columns: TableColumns
-) -> tuple[list[TableRow], list[str | None]]:
+def _table_rows(table: Path, columns: TableColumns) -> tuple[list[TableRow], list[str | None]]:
     """All rows, and the split that each names (None: by hash)."""
     paths: list[str] = []
     split_names: list[str | None] = []
@@ -160,7 +161,7 @@ def _table_rows(
     labels.check(str(table))
     keys = _unique_keys(paths)
     rows = [
-        TableRow(key, root, path, tags, important)
+        TableRow(key, path, tags, important)
         for key, path, (tags, important) in zip(keys, paths, annotations, strict=True)
     ]
     return rows, split_names

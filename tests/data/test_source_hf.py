@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tar_samples import tar_samples
+
+from magneto_dist.data.shards import Dataset
+from magneto_dist.data.sources import hf
+from magneto_dist.data.sources.hf import HfColumns
+from magneto_dist.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    hf._pictures.cache_clear()
+    yield
+    hf._pictures.cache_clear()
+
+
+def picture(number: int) -> bytes:
+    pixels = np.full((8, 8, 3), number * 20, np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG" if number % 2 else "JPEG")
+    return buffer.getvalue()
+
+
+def table(count: int = 8, as_text: bool = False):  # noqa: ANN201 - datasets is slow to import
+    import datasets
+
+    tags = [["sky", f"tag {number}"] for number in range(count)]
+    important = [None if number == 3 else ["sky"] for number in range(count)]
+    columns = {
+        "image": [{"bytes": picture(number), "path": None} for number in range(count)],
+        "tags": [";".join(words) for words in tags] if as_text else tags,
+        "important_tags": [words and ";".join(words) for words in important]
+        if as_text
+        else important,
+    }
+    data = datasets.Dataset.from_dict(columns)
+    return data.cast_column("image", datasets.Image())
+
+
+def check(folder: Path, count: int = 8) -> None:
+    samples = tar_samples(folder, "train") | tar_samples(folder, "validation")
+    assert len(samples) == count
+    for number in range(count):
+        image, tags, important = samples[f"train-{number:08d}"]
+        assert image == picture(number)
+        assert tags == ["sky", f"tag {number}"]
+        assert important == (None if number == 3 else ["sky"])
+    assert Dataset.open(str(folder)).vocabulary.tags[0] == "sky"
+
+
+def test_saved_to_disk(tmp_path: Path) -> None:
+    table().save_to_disk(tmp_path / "saved")
+    report = hf.build(tmp_path / "out", str(tmp_path / "saved"), validation_fraction=0.3)
+    assert report == (8, [])
+    check(tmp_path / "out")
+    assert tar_samples(tmp_path / "out", "validation")
+
+
+def test_splits_saved_to_disk(tmp_path: Path) -> None:
+    import datasets
+
+    both = datasets.DatasetDict({"train": table(), "test": table(3)})
+    both.save_to_disk(tmp_path / "saved")
+    hf.build(tmp_path / "out", str(tmp_path / "saved"), validation_split="test")
+    assert list(tar_samples(tmp_path / "out", "validation")) == [f"test-{i:08d}" for i in range(3)]
+    assert len(tar_samples(tmp_path / "out", "train")) == 8
+
+
+def test_parquet_files_with_tags_in_a_string_in_two_processes(tmp_path: Path) -> None:
+    table(as_text=True).to_parquet(tmp_path / "part-0.parquet")
+    report = hf.build(
+        tmp_path / "out",
+        "parquet",
+        data_files=str(tmp_path / "part-*.parquet"),
+        columns=HfColumns(separator=";"),
+        validation_fraction=0,
+        samples_per_shard=4,
+        num_processes=2,
+    )
+    assert report == (8, [])
+    check(tmp_path / "out")
+
+
+def test_columns_of_bytes_by_other_names(tmp_path: Path) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_dict({"jpg": [picture(0), None], "words": [["a"], ["b", "a"]]})
+    data.save_to_disk(tmp_path / "saved")
+    report = hf.build(
+        tmp_path / "out",
+        str(tmp_path / "saved"),
+        columns=HfColumns("jpg", "words", None),
+        validation_fraction=0,
+    )
+    assert report == (1, [("train-00000001", "column 'jpg' has no picture")])
+    assert tar_samples(tmp_path / "out", "train")["train-00000000"] == (picture(0), ["a"], None)
+
+
+def test_pictures_that_lie_in_files(tmp_path: Path) -> None:
+    import datasets
+
+    paths = [str(tmp_path / "0.jpg"), str(tmp_path / "gone.jpg")]
+    for path in paths:
+        Path(path).write_bytes(picture(0))
+    data = datasets.Dataset.from_dict({"image": paths, "tags": ["a,b", "c"]})
+    data = data.cast_column("image", datasets.Image())
+    data.save_to_disk(tmp_path / "saved")
+    Path(paths[1]).unlink()
+    report = hf.build(
+        tmp_path / "out",
+        str(tmp_path / "saved"),
+        columns=HfColumns(important=None),
+        validation_fraction=0,
+    )
+    assert [key for key, _ in report.skipped] == ["train-00000001"]
+    assert tar_samples(tmp_path / "out", "train")["train-00000000"][:2] == (picture(0), ["a", "b"])
+
+
+def test_wrong_input(tmp_path: Path) -> None:
+    saved = str(tmp_path / "saved")
+    table().save_to_disk(saved)
+    with pytest.raises(InputError, match=r"no column 'words'; the columns are 'image', 'tags',"):
+        hf.build(tmp_path / "out", saved, columns=HfColumns(tags="words"))
+    with pytest.raises(InputError, match=r"8 rows have important .* the first is 'tag 0' in"):
+        columns = HfColumns(tags="important_tags", important="tags")
+        hf.build(tmp_path / "out", saved, columns=columns)
+    with pytest.raises(InputError, match=r"split 'train': cannot be loaded"):
+        hf.build(tmp_path / "out", str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match=r"validation_fraction -1: must"):
+        hf.build(tmp_path / "out", saved, validation_fraction=-1)
