@@ -14,8 +14,9 @@ from importlib import import_module
 from json import dumps
 from typing import Any
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser
 
+from magneto_dist.config_io import clear_parser_errors
 from magneto_dist.data.inspect import format_stats, stats
 from magneto_dist.data.sample import DEFAULT_MAX_MEGAPIXELS
 from magneto_dist.data.shards import Dataset
@@ -32,10 +33,10 @@ SOURCES = {
 
 def main() -> None:
     """Does what the command line says."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     words = list(map(_with_underscores, sys.argv[1:]))
     parser = _parser(source_asked_for=words[1] if len(words) > 1 else "")
-    arguments = parser.instantiate(parser.parse_args(words))
+    with clear_parser_errors("shards.py"):
+        arguments = parser.instantiate(parser.parse_args(words))
     options = arguments[arguments.verb]
     if arguments.verb == "build":
         _build(options.source, options[options.source].as_dict())
@@ -44,18 +45,18 @@ def main() -> None:
 
 
 def _parser(source_asked_for: str) -> ArgumentParser:
-    parser = ArgumentParser(prog="shards.py", description="Makes data sets and looks into them.")
+    parser = _verb_parser(prog="shards.py", description="Makes data sets and looks into them.")
     verbs = parser.add_subcommands(dest="verb")
-    build = ArgumentParser(description="Writes a data set; goes on after an interruption.")
+    build = _verb_parser(description="Writes a data set; goes on after an interruption.")
     verbs.add_subcommand("build", build, help="write a data set")
     sources = build.add_subcommands(dest="source")
     for name, summary in SOURCES.items():
-        source = ArgumentParser(description=summary)
+        source = _verb_parser(description=summary)
         if name == source_asked_for:  # only its module is imported: some take seconds
             source.add_function_arguments(_builder(name))
         sources.add_subcommand(name, source, help=summary)
 
-    check = ArgumentParser(description="Reads and decodes everything; exit code 2 on damage.")
+    check = _verb_parser(description="Reads and decodes everything; exit code 2 on damage.")
     check.add_argument("data_set", help="folder or URL with dataset.json")
     check.add_argument("--num_processes", type=int, default=os.cpu_count() or 1, help="to use")
     check.add_argument(
@@ -63,12 +64,16 @@ def _parser(source_asked_for: str) -> ArgumentParser:
     )
     verbs.add_subcommand("verify", check, help="find damage")
 
-    describe = ArgumentParser(description="Counts items, tags and sizes of pictures.")
+    describe = _verb_parser(description="Counts items, tags and sizes of pictures.")
     describe.add_argument("data_set", help="folder or URL with dataset.json")
     describe.add_argument("--split", help="train or validation; default: both")
     describe.add_argument("--json", action="store_true", help="print JSON instead of a table")
     verbs.add_subcommand("stats", describe, help="describe a data set")
     return parser
+
+
+def _verb_parser(**options: Any) -> ArgumentParser:
+    return ArgumentParser(exit_on_error=False, **options)
 
 
 def _build(source: str, options: dict[str, Any]) -> None:

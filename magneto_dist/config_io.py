@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
@@ -56,7 +58,7 @@ def config_to_yaml(config: Config) -> str:
 
 
 def _parser(description: str, default_config: Path | None) -> jsonargparse.ArgumentParser:
-    files = [str(default_config)] if default_config else []
+    files: list[str | os.PathLike] = [default_config] if default_config else []
     parser = jsonargparse.ArgumentParser(
         description=description,
         exit_on_error=False,
@@ -71,12 +73,19 @@ def _parser(description: str, default_config: Path | None) -> jsonargparse.Argum
 def _parse(
     parser: jsonargparse.ArgumentParser, parse: Callable[[], jsonargparse.Namespace]
 ) -> Config:
-    try:
+    with clear_parser_errors("configuration"):
         namespace = parse()
         namespace.pop("config", None)
         return Config(**vars(parser.instantiate(namespace)))
+
+
+@contextmanager
+def clear_parser_errors(what: str) -> Iterator[None]:
+    """Turns an error of a parser with `exit_on_error=False` into an InputError of one line."""
+    try:
+        yield
     except jsonargparse.ArgumentError as error:
-        raise InputError(f"configuration: {_explain(' '.join(error.message.split()))}") from None
+        raise InputError(f"{what}: {_explain(' '.join(error.message.split()))}") from None
 
 
 def _explain(message: str) -> str:
@@ -91,6 +100,7 @@ def _explain(message: str) -> str:
         return f"unknown key {key!r} ({message}); {hint}"
     message = re.sub(r"a <class '(\w+)'>", r"\1", message).replace("typing.", "")
     message = message.replace("a Literal[", "one of [")
+    message = re.sub(r"(required: )(?:[\w-]+\.)*(\w+)$", r"\1\2; see --help", message)
     return re.sub(r'Parser key "([\w.]+)"', r"--\1", message)
 
 

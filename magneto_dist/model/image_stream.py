@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 

@@ -188,8 +188,8 @@ def load_optimizer(session: Session, folder: Path, model: nn.Module, optimizer: 
     if session.is_deepspeed:
         model.load_checkpoint(str(folder), tag=_DEEPSPEED)  # type: ignore[operator]
     else:
-        state = torch.load(folder / "optimizer.pt", map_location=session.device, weights_only=True)
-        optimizer.load_state_dict(state)
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(state)  # moves it to where the weights are
     session.load_scaler_state(progress.scaler)
     return progress
 

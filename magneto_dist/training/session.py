@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -60,7 +61,7 @@ class Session:
             step_scheduler_with_optimizer=False,
             kwargs_handlers=handlers,
         )
-        ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", self._accelerator.num_processes))
+        ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or self._accelerator.num_processes)
         self.world = World(
             rank=self._accelerator.process_index,
             num_ranks=self._accelerator.num_processes,
@@ -90,15 +91,22 @@ class Session:
         """Model and optimizer on this process's device, wrapped for its way of training."""
         self._clip_norm = clip_norm
         if self.is_deepspeed:
+            # It reads the weights as flat bytes, which channels-last ones are not.
+            model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
             # DeepSpeed divides by the micro-steps, DDP does not; our losses are already scaled.
             self._gradient_scale = float(self.world.num_ranks * plan.micro_steps)
-            self._accelerator.state.deepspeed_plugin.deepspeed_config.update(
+            plugin = self._accelerator.state.deepspeed_plugin
+            assert plugin is not None
+            plugin.deepspeed_config.update(
                 train_micro_batch_size_per_gpu=plan.micro_batch_size,
                 gradient_accumulation_steps=plan.micro_steps,
                 # Unless told otherwise DeepSpeed clips to norm 1; 0 is off.
                 gradient_clipping=clip_norm,
             )
-        return self._accelerator.prepare(model, optimizer)
+        with warnings.catch_warnings():
+            # The name that replaces it does not exist in torch 2.11, nor in accelerate yet.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return self._accelerator.prepare(model, optimizer)
 
     @contextlib.contextmanager
     def micro_step(self, model: nn.Module, *, is_last: bool) -> Iterator[None]:
@@ -119,6 +127,7 @@ class Session:
         loss = loss * self._gradient_scale
         if self.is_deepspeed:
             engine = self._accelerator.deepspeed_engine_wrapped
+            assert engine is not None, "backward comes after prepare"
             engine.backward(loss, sync_gradients=self._is_last)  # its last one also steps
         else:
             self._accelerator.backward(loss)
@@ -164,11 +173,11 @@ class Session:
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The model itself, without what `prepare` put around it."""
-        return self._accelerator.unwrap_model(model)
+        return self._accelerator.unwrap_model(model)  # type: ignore[return-value]
 
     def full_state(self, model: nn.Module) -> dict[str, Tensor]:
         """The whole weights by name, on CPU; a collective in ZeRO-3."""
-        state = self._accelerator.get_state_dict(model, unwrap=True)
+        state: Any = self._accelerator.get_state_dict(model, unwrap=True)
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     def scaler_state(self) -> dict[str, Any]:

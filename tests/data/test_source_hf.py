@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from tar_samples import tar_samples
 
+from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources import hf
-from magneto_dist.data.sources.hf import HfColumns
+from magneto_dist.data.sources.hf import HfColumns, HfRow, HfSplit
 from magneto_dist.errors import InputError
 
 
@@ -33,7 +36,7 @@ def picture(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def table(count: int = 8, as_text: bool = False):  # noqa: ANN201 - datasets is slow to import
+def table(count: int = 8, as_text: bool = False) -> Any:  # datasets is slow to import
     import datasets
 
     tags = [["sky", f"tag {number}"] for number in range(count)]
@@ -108,24 +111,30 @@ def test_columns_of_bytes_by_other_names(tmp_path: Path) -> None:
     assert tar_samples(tmp_path / "out", "train")["train-00000000"] == (picture(0), ["a"], None)
 
 
-def test_pictures_that_lie_in_files(tmp_path: Path) -> None:
-    import datasets
-
-    paths = [str(tmp_path / "0.jpg"), str(tmp_path / "gone.jpg")]
-    for path in paths:
-        Path(path).write_bytes(picture(0))
-    data = datasets.Dataset.from_dict({"image": paths, "tags": ["a,b", "c"]})
-    data = data.cast_column("image", datasets.Image())
-    data.save_to_disk(tmp_path / "saved")
-    Path(paths[1]).unlink()
+def test_pictures_that_lie_in_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    lines = []
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(picture(number))
+        lines.append(json.dumps({"file_name": f"{number}.png", "tags": "a,b"}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
     report = hf.build(
         tmp_path / "out",
-        str(tmp_path / "saved"),
+        "imagefolder",
+        data_dir=str(folder),
         columns=HfColumns(important=None),
         validation_fraction=0,
     )
-    assert [key for key, _ in report.skipped] == ["train-00000001"]
-    assert tar_samples(tmp_path / "out", "train")["train-00000000"][:2] == (picture(0), ["a", "b"])
+    assert report == (2, [])
+    samples = tar_samples(tmp_path / "out", "train")
+    assert [sample[:2] for sample in samples.values()] == [
+        (picture(number), ["a", "b"]) for number in range(2)
+    ]
+    source = HfSplit("imagefolder", "train", data_dir=str(folder))
+    (folder / "1.png").unlink()
+    with pytest.raises(BadSample, match=r"1.png' cannot be read: No such file"):
+        hf.PictureReader("image")(HfRow("key", source, 1, ("a",), None))
 
 
 def test_wrong_input(tmp_path: Path) -> None:
@@ -133,8 +142,8 @@ def test_wrong_input(tmp_path: Path) -> None:
     table().save_to_disk(saved)
     with pytest.raises(InputError, match=r"no column 'words'; the columns are 'image', 'tags',"):
         hf.build(tmp_path / "out", saved, columns=HfColumns(tags="words"))
+    columns = HfColumns(tags="important_tags", important="tags")
     with pytest.raises(InputError, match=r"8 rows have important .* the first is 'tag 0' in"):
-        columns = HfColumns(tags="important_tags", important="tags")
         hf.build(tmp_path / "out", saved, columns=columns)
     with pytest.raises(InputError, match=r"split 'train': cannot be loaded"):
         hf.build(tmp_path / "out", str(tmp_path / "nothing"))

@@ -28,7 +28,7 @@ def paths() -> list[str]:
     return names
 
 
-def annotations() -> tuple[list[list[int]], list[list[int]]]:
+def labels_and_tags() -> tuple[list[list[int]], list[list[int]]]:
     """(labels, tags) of all images; half of the tag lists cover the labels."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, (NUM_IMAGES, 5)) * rng.integers(0, 2, (NUM_IMAGES, 5))
@@ -41,7 +41,7 @@ def annotations() -> tuple[list[list[int]], list[list[int]]]:
 
 
 def text_files() -> dict[str, bytes]:
-    labels, tags = annotations()
+    labels, tags = labels_and_tags()
     in_test = [i % 3 == 0 for i in range(NUM_IMAGES)]
     files = {
         "ConceptsList/Concepts81.txt": "".join(f"{concept}\r\n" for concept in CONCEPTS),
@@ -75,7 +75,7 @@ def write_root(root: Path, files: dict[str, bytes], zipped: bool = False) -> Pat
 
 def expected() -> dict[str, dict[str, TarSample]]:
     """The rules of the paper in plain loops."""
-    labels, tags = annotations()
+    labels, tags = labels_and_tags()
     splits: dict[str, dict[str, TarSample]] = {"train": {}, "validation": {}}
     seen = set()
     for image in range(NUM_IMAGES):
@@ -96,7 +96,7 @@ def test_annotations_follow_the_rules_of_the_paper(
     root = write_root(tmp_path / "root", text_files(), zipped)
     out = tmp_path / "out"
     report = nus_wide.build(out, root, annotations_only=True)
-    labels, tags = annotations()
+    labels, tags = labels_and_tags()
     both = [any(row) and any(other) for row, other in zip(labels, tags, strict=True)]
     for split, samples in expected().items():
         assert tar_samples(out, split) == samples

@@ -1,1 +1,1 @@
-"""Where data sets come from: each source lists rows, loads one row, and hands both to the writer."""
+"""Where data sets come from: a source lists rows and loads one; the writer does the rest."""

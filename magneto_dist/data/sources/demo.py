@@ -46,8 +46,7 @@ PLACES = {
 """Place (always important) -> things that are important only with it."""
 GENERAL_TAGS = ("photo", "picture", "camera", "wallpaper")
 """Never important."""
-OUTLIERS = tuple(
-    """
+_OUTLIERS = """
     abacus accordion algebra almanac anvil apron asphalt auction audit axiom badge bagpipe ballot
     bamboo banjo barcode bazaar beret bingo biscuit bishop blender bonus bracket broom budget bugle
     bulletin bureau cactus calendar candle canteen caravan carbon cashew census chisel chord clause
@@ -58,8 +57,8 @@ OUTLIERS = tuple(
     pension piston plumber proverb quorum receipt rhubarb saxophone senate sneeze spatula sponsor
     stapler syntax tariff teapot toaster trombone tuesday turnip umpire vaccine vinegar waffle
     warranty yogurt zipper
-    """.split()
-)
+"""
+OUTLIERS = tuple(_OUTLIERS.split())
 """Never important, and rare: falling frequency."""
 _KINDS = (SHAPES, tuple(COLOURS), tuple(TINTS), TEXTURES)
 _KIND_SHARES = (1 / 3, 1 / 3, 1 / 6, 1 / 6)  # of tags not shown; about those of tags that are
@@ -183,10 +182,10 @@ def _context_tags(rng: np.random.Generator) -> dict[str, bool]:
 
 def _extra_tags(rng: np.random.Generator) -> dict[str, bool]:
     """Nothing, a general tag, or a tag that makes no sense here; never important."""
-    draw_ = rng.uniform()
-    if draw_ < 0.35:
+    chance = rng.uniform()
+    if chance < 0.35:
         return {str(rng.choice(GENERAL_TAGS)): False}
-    if draw_ < 0.75:
+    if chance < 0.75:
         # Zipf's law, flattened so that the rarest outliers still occur.
         weights = 1 / np.arange(8, 8 + len(OUTLIERS))
         return {str(rng.choice(OUTLIERS, p=weights / weights.sum())): False}

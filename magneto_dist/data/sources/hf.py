@@ -76,7 +76,7 @@ def build(
     train_split: str = "train",
     validation_split: str | None = None,
     validation_fraction: float = 0.1,
-    columns: HfColumns = HfColumns(),  # noqa: B008 - frozen
+    columns: HfColumns = HfColumns(),
     vocabulary: Path | None = None,
     samples_per_shard: int = 2048,
     num_processes: int = 1,

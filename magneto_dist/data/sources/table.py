@@ -68,7 +68,7 @@ def build(
     table: Path,
     images: Path | None = None,
     *,
-    columns: TableColumns = TableColumns(),  # noqa: B008 - frozen
+    columns: TableColumns = TableColumns(),
     validation_fraction: float = 0.1,
     vocabulary: Path | None = None,
     samples_per_shard: int = 2048,

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from magneto_dist.data.shards import Dataset
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def shards(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, REPOSITORY / "launchers" / "shards.py", *words],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "demo"
+    done = shards("build", "demo", "--out", out, "--items=12", "--seed", "3", "--num-processes=1")
+    assert done.returncode == 0, done.stderr
+    assert f"{out}: 15 samples" in done.stdout
+    assert "15/15" in done.stderr  # the progress bar
+    return out
+
+
+def test_built_data_set_is_sound_and_described(demo):
+    assert Dataset.open(str(demo)).source["seed"] == 3
+    verified = shards("verify", demo, "--num_processes", "1")
+    assert (verified.returncode, verified.stdout) == (0, f"{demo}: sound (15 samples)\n")
+    table = shards("stats", demo).stdout
+    assert table.startswith("train\n")
+    assert "\nvalidation\n" in table
+    assert "most frequent tags" in table
+
+
+def test_stats_as_json(demo):
+    done = shards("stats", demo, "--split", "train", "--json")
+    counted = json.loads(done.stdout)
+    assert list(counted) == ["train"]
+    train = counted["train"]
+    assert (train["items"], train["labelled"], train["bad"], train["shards"]) == (12, 12, 0, 1)
+    assert train["pictures_looked_at"] == sum(train["picture_kinds"].values()) == 12
+    assert 0 < train["important_fraction"] < 1
+    assert train["tags_per_item"]["min"] >= 1
+    assert sum(train["top_tags"].values()) <= 12 * train["tags_per_item"]["mean"] + 1e-9
+
+
+def test_damage_is_listed_and_exits_with_2(demo, tmp_path):
+    for path in demo.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tar = tmp_path / "train-000000.tar"
+    content = tar.read_bytes()
+    start = content.index(b'{"tags"')
+    tar.write_bytes(content[:start] + b"x" + content[start + 1 :])
+    done = shards("verify", tmp_path, "--num_processes", "1")
+    assert done.returncode == 2
+    assert "train-000000.tar: its SHA-256 is not the one in dataset.json\n" in done.stdout
+    assert "train-000000.tar, sample train-000000: annotation is not JSON" in done.stdout
+    assert "2 damages" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["verify", "/nowhere"], "error: /nowhere: no data set there"),
+        (["stats", "pipe:id"], "must be a folder or a URL"),
+        (["build", "demo"], "required: out"),
+        (["build", "demo", "--out", "x", "--items", "many"], "items"),
+        (["build", "nothing"], "nothing"),
+        ([], '"verb"'),
+    ],
+)
+def test_wrong_use_exits_with_2_and_says_why(words, message):
+    done = shards(*words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_verbs_sources_and_options():
+    text = shards("--help").stdout
+    assert all(verb in text for verb in ("build", "verify", "stats"))
+    text = shards("build", "--help").stdout
+    assert all(source in text for source in ("demo", "table", "hf", "nus-wide"))
+    text = shards("build", "demo", "--help").stdout
+    assert "default: 4000" in text
