@@ -17,8 +17,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from magneto_dist.config_io import clear_parser_errors
+from magneto_dist.data.image_bytes import DEFAULT_MAX_MEGAPIXELS
 from magneto_dist.data.inspect import format_stats, stats
-from magneto_dist.data.sample import DEFAULT_MAX_MEGAPIXELS
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.verify import verify
 from magneto_dist.errors import InputError, exit_with_clear_errors

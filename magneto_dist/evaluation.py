@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from magneto_dist.batch import Batch, Prediction
-from magneto_dist.config import LossConfig
+from magneto_dist.config import Config, LossConfig
 from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.metrics import Sums, add_sums, metric_sums, reduce_sums, summarise
 
@@ -26,6 +26,48 @@ class Example:
     probability: Float[Tensor, " tag"]
     """Of the first head: the gated output where there is a gate."""
     alpha: Float[Tensor, " tag"] | None
+
+
+def evaluate_model(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    reduce: Callable[[Tensor], Tensor],
+    config: Config,
+    num_tags: int,
+    num_examples: int = 0,
+) -> tuple[dict, list[Example]]:
+    """`evaluate` for a model that may be in training: it comes back in the mode it was in.
+
+    Args:
+        model: on `device`; may be wrapped (DDP and the like).
+        batches: of this rank, on any device; every rank has the same number of them.
+        device: where to score.
+        reduce: as for `evaluate`.
+        config: its loss and threshold.
+        num_tags: as for `evaluate`.
+        num_examples: as for `evaluate`.
+    """
+
+    def predict(batch: Batch) -> Prediction:
+        with torch.no_grad():
+            return model(**batch.inputs())
+
+    was_training = model.training
+    model.eval()
+    try:
+        return evaluate(
+            predict,
+            (batch.to(device) for batch in batches),
+            reduce=reduce,
+            loss_config=config.loss,
+            threshold=config.train.threshold,
+            num_tags=num_tags,
+            num_examples=num_examples,
+        )
+    finally:
+        model.train(was_training)
 
 
 def evaluate(

@@ -39,8 +39,8 @@ def metric_sums(
     sums: Sums = {
         "items": _sum(is_item),
         "tags": _sum(real),
-        "tags_cut": _sum(batch.tags_cut),
-        "targets_cut": _sum(batch.targets_cut),
+        "tags_cut": _sum(batch.tags_cut * batch.sample_valid),
+        "targets_cut": _sum(batch.targets_cut * batch.sample_valid),
     }
     for head in prediction.heads:
         probability = prediction.probability(head).detach().double()
@@ -51,9 +51,10 @@ def metric_sums(
             of_head |= _concept_sums(predicted, real, batch, num_tags)
         sums |= {f"{head}/{name}": value for name, value in of_head.items()}
     if prediction.alpha is not None:
-        sums["alpha"] = (prediction.alpha.detach().double() * real).sum()
+        # `where`, not a product: what stands in padding, even NaN, does not matter
+        sums["alpha"] = torch.where(real, prediction.alpha.detach().double(), 0).sum()
     outlier = batch.outlier & real
-    main = (prediction.probability(prediction.heads[0]).detach() >= threshold) & outlier
+    main = (prediction.probability(prediction.heads[0]).detach().double() >= threshold) & outlier
     sums["items_with_outlier"] = _sum(outlier.any(1))
     sums["items_with_predicted_outlier"] = _sum(main.any(1))
     return sums
@@ -83,7 +84,8 @@ def summarise(sums: Mapping[str, Tensor]) -> dict:
     heads = sorted({name.split("/")[0] for name in sums if "/" in name})
     result: dict = {head: _summarise_head(sums, head) for head in heads}
     result |= {name: int(sums[name]) for name in ("items", "tags_cut", "targets_cut")}
-    result["alpha"] = _ratio(sums["alpha"], sums["tags"]) if "alpha" in sums else None
+    has_alpha = "alpha" in sums and sums["tags"] > 0
+    result["alpha"] = _ratio(sums["alpha"], sums["tags"]) if has_alpha else None
     with_outlier = sums["items_with_outlier"]
     result["outlier_rate"] = (
         _ratio(sums["items_with_predicted_outlier"], with_outlier) if with_outlier > 0 else None
@@ -118,9 +120,9 @@ def _average_precision_sum(
     target = batch.target & real
     # [item, i, j]: slot j is ranked at least as high as slot i
     above = (probability[:, None, :] >= probability[:, :, None]) & real[:, None, :]
-    precision = (above & target[:, None, :]).sum(2) / above.sum(2).clamp(min=1)
+    precision = (above & target[:, None, :]).sum(2).double() / above.sum(2).clamp(min=1)
     num_targets = target.sum(1) + batch.targets_cut * batch.sample_valid
-    return ((precision * target).sum(1).double() / num_targets.clamp(min=1)).sum()
+    return ((precision * target).sum(1) / num_targets.clamp(min=1)).sum()
 
 
 def _concept_sums(

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from magneto_dist.batch import Batch, Prediction
 from magneto_dist.config import Config
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
@@ -25,7 +24,7 @@ from magneto_dist.data.randomness import seed_for
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources.demo import ensure_demo
 from magneto_dist.errors import InputError, PreemptedError
-from magneto_dist.evaluation import evaluate
+from magneto_dist.evaluation import evaluate_model
 from magneto_dist.model.embedding import load_tag_embedding
 from magneto_dist.model.magneto import build_model
 from magneto_dist.report import examples_figure, final_table
@@ -215,26 +214,20 @@ class _Evaluation:
         loader = Loader(self.dataset, "validation", config, world, self.plan, training=False)
         batches = loader.batches(1, loader.steps_per_epoch)
         with self.telemetry.paused():
-            self.model.eval()
-            metrics, examples = evaluate(
-                self._predict,
-                (batch.to(self.session.device) for batch in batches),
+            metrics, examples = evaluate_model(
+                self.model,
+                batches,
+                device=self.session.device,
                 reduce=self.session.reduce_sum,
-                loss_config=config.loss,
-                threshold=config.train.threshold,
+                config=config,
                 num_tags=len(self.dataset.vocabulary),
                 num_examples=config.log.pictures if self.telemetry.shows_pictures else 0,
             )
-            self.model.train()
             self.telemetry.evaluation_done(step, metrics)
             if examples:
-                figure = examples_figure(examples, self.dataset.vocabulary)
+                figure = examples_figure(examples, self.dataset.vocabulary, config.train.threshold)
                 self.telemetry.show(step, figure, [e.alpha for e in examples])
         return metrics
-
-    def _predict(self, batch: Batch) -> Prediction:
-        with torch.no_grad():
-            return self.model(**batch.inputs())
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,17 @@ from magneto_dist.vocabulary import Vocabulary
 
 _HEADS = (("tag", "tag head"), ("image", "image head"), ("final", "gated output"))
 
+_PICTURE_IN = 2.8
+_LINE_IN = 0.13
+_GAP_IN = 0.3
+_MAX_TAGS = 20  # below a picture
+_MAX_CHARACTERS = 40  # of a name
 
-def final_table(metrics: dict[str, Any]) -> str:
+
+def final_table(metrics: dict[str, Any], split: str = "validation") -> str:
     """Precision, recall and F1 in % of every head, both protocols, for the terminal."""
     lines = [
-        f"{'validation, %':<16}{'precision':>12}{'(strict)':>10}{'recall':>10}{'F1':>8}",
+        f"{split + ', %':<16}{'precision':>12}{'(strict)':>10}{'recall':>10}{'F1':>8}",
         "-" * 56,
     ]
     names = [(head, name) for head, name in _HEADS if head in metrics]
@@ -32,8 +38,10 @@ def final_table(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def examples_figure(examples: Sequence[Example], vocabulary: Vocabulary) -> Any:
-    """A grid of pictures; below each its tags, the truth in bold, predictions by their score.
+def examples_figure(examples: Sequence[Example], vocabulary: Vocabulary, threshold: float) -> Any:
+    """A grid of pictures; below each its tags by falling probability, the truth in bold.
+
+    Green: rightly predicted or left out at `threshold`; red: wrongly.
 
     Returns:
         A matplotlib Figure that belongs to no window.
@@ -42,28 +50,66 @@ def examples_figure(examples: Sequence[Example], vocabulary: Vocabulary) -> Any:
 
     columns = min(4, max(1, len(examples)))
     rows = max(1, math.ceil(len(examples) / columns))
-    figure = Figure(figsize=(3.2 * columns, 3.6 * rows), layout="tight")
-    for place, example in enumerate(examples, start=1):
-        axes = figure.add_subplot(rows, columns, place)
+    lines = min(max((len(e.tag_ids) for e in examples), default=0), _MAX_TAGS) + 1
+    width_in = columns * (_PICTURE_IN + _GAP_IN) + _GAP_IN
+    row_in = _PICTURE_IN + lines * _LINE_IN + 2 * _GAP_IN
+    height_in = rows * row_in
+    figure = Figure(figsize=(width_in, height_in))
+    for place, example in enumerate(examples):
+        row, column = divmod(place, columns)
+        left_in = _GAP_IN + column * (_PICTURE_IN + _GAP_IN)
+        bottom_in = height_in - row * row_in - _GAP_IN - _PICTURE_IN
+        axes = figure.add_axes(
+            (
+                left_in / width_in,
+                bottom_in / height_in,
+                _PICTURE_IN / width_in,
+                _PICTURE_IN / height_in,
+            )
+        )
         axes.set_axis_off()
-        axes.set_title(example.key, fontsize=7)
+        axes.set_title(_drawable(example.key), fontsize=7, parse_math=False)
         if example.pixels is not None:
             axes.imshow(example.pixels.permute(1, 2, 0).numpy())
-        _write_tags(axes, example, vocabulary)
+        _write_tags(axes, example, vocabulary, threshold)
     return figure
 
 
-def _write_tags(axes: Any, example: Example, vocabulary: Vocabulary) -> None:
-    order = example.probability.argsort(descending=True).tolist()
-    for line, slot in enumerate(order):
-        probability, is_target = float(example.probability[slot]), bool(example.target[slot])
-        axes.text(
-            0.02,
-            -0.06 - 0.075 * line,
-            f"{probability:.2f}  {vocabulary.tags[int(example.tag_ids[slot])]}",
-            transform=axes.transAxes,
+def _write_tags(axes: Any, example: Example, vocabulary: Vocabulary, threshold: float) -> None:
+    def write(line: int, text: str, **style: str) -> None:
+        axes.annotate(
+            text,
+            xy=(0, 0),
+            xycoords="axes fraction",
+            xytext=(0, -72 * _LINE_IN * (line + 1)),  # 72 points an inch
+            textcoords="offset points",
             fontsize=7,
             parse_math=False,  # a tag may hold a dollar sign
-            fontweight="bold" if is_target else "normal",
-            color="tab:green" if (probability >= 0.5) == is_target else "tab:red",
+            **style,
         )
+
+    order = example.probability.argsort(descending=True).tolist()
+    for line, slot in enumerate(order[:_MAX_TAGS]):
+        probability, is_target = float(example.probability[slot]), bool(example.target[slot])
+        write(
+            line,
+            f"{probability:.2f}  {_drawable(vocabulary.tags[int(example.tag_ids[slot])])}",
+            fontweight="bold" if is_target else "normal",
+            color="tab:green" if (probability >= threshold) == is_target else "tab:red",
+        )
+    if len(order) > _MAX_TAGS:
+        write(_MAX_TAGS, f"and {len(order) - _MAX_TAGS} more")
+
+
+def _drawable(text: str) -> str:
+    """`text` as it fits below a picture, characters that the font lacks as escapes.
+
+    Instead of each of them matplotlib would draw the same box, and warn.
+    """
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    characters = get_font(findfont(FontProperties())).get_charmap()
+    drawable = "".join(
+        c if ord(c) in characters else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+    return drawable if len(drawable) <= _MAX_CHARACTERS else drawable[: _MAX_CHARACTERS - 1] + "…"

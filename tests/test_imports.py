@@ -24,6 +24,7 @@ MAY_IMPORT = {
     | {"config_io", "data", "model", "loss", "metrics", "training", "evaluation", "report"}
     | {"inference"},
 }
+MAY_IMPORT["scoring"] = MAY_IMPORT["export"]
 MAY_IMPORT["recipe"] = set(MAY_IMPORT)
 ONLY_IN = {
     "accelerate": {"training/session.py"},

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from magneto_dist.data.sample import BadSample, ImageHeader, image_header, parse_annotation
+from magneto_dist.data.image_bytes import ImageHeader, image_header
+from magneto_dist.data.sample import BadSample, parse_annotation
 from magneto_dist.data.shard_index import ShardIndex
 from magneto_dist.data.shards import Dataset
 

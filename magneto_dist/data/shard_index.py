@@ -13,7 +13,8 @@ from typing import NamedTuple, overload
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from magneto_dist.data.sample import IMAGE_KINDS, valid_key
+from magneto_dist.data.image_bytes import IMAGE_KINDS
+from magneto_dist.data.sample import valid_key
 from magneto_dist.data.storage import Storage
 from magneto_dist.errors import InputError
 

@@ -12,12 +12,12 @@ from webdataset.writer import TarWriter
 
 from magneto_dist.data import build_folder
 from magneto_dist.data.build_folder import FinishedShard, ShardPlan
+from magneto_dist.data.decode_cpu import check_image_decodes
 from magneto_dist.data.parallel import Tick
 from magneto_dist.data.sample import (
     BadSample,
     Sample,
     annotation_bytes,
-    check_image_decodes,
     parse_annotation,
     valid_key,
 )

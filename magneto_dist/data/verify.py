@@ -16,15 +16,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from magneto_dist.data.decode_cpu import check_image_decodes
+from magneto_dist.data.image_bytes import DEFAULT_MAX_MEGAPIXELS, IMAGE_KINDS
 from magneto_dist.data.parallel import Tick, run_tasks
-from magneto_dist.data.sample import (
-    DEFAULT_MAX_MEGAPIXELS,
-    IMAGE_KINDS,
-    BadSample,
-    check_image_decodes,
-    parse_annotation,
-    valid_key,
-)
+from magneto_dist.data.sample import BadSample, parse_annotation, valid_key
 from magneto_dist.data.shard_index import Member, index_bytes, index_name
 from magneto_dist.data.shards import DATASET_FILE, Dataset, Shard
 from magneto_dist.errors import InputError

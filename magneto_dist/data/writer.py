@@ -20,8 +20,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from magneto_dist.data import build_folder
 from magneto_dist.data.build_folder import FinishedShard, ShardPlan
+from magneto_dist.data.image_bytes import DEFAULT_MAX_MEGAPIXELS
 from magneto_dist.data.parallel import run_tasks
-from magneto_dist.data.sample import DEFAULT_MAX_MEGAPIXELS, Sample
+from magneto_dist.data.sample import Sample
 from magneto_dist.data.shard_writer import ShardWriter, refuse_some_images
 from magneto_dist.data.shards import (
     DATASET_FILE,

@@ -1,137 +1,18 @@
 from __future__ import annotations
 
-import io
 import json
-import struct
-import zlib
 
-import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from magneto_dist.data.sample import (
     BadSample,
     Sample,
     annotation_bytes,
-    check_image_decodes,
-    check_image_size,
-    image_header,
     parse_annotation,
     valid_key,
 )
-
-
-def encoded(width: int, height: int, kind: str, mode: str = "RGB", **options: object) -> bytes:
-    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).convert(mode).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def png_that_claims(width: int, height: int) -> bytes:
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = b"IDAT" + zlib.compress(bytes(100))
-    chunks = [
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        for chunk in (header, data, b"IEND")
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
-def jpeg_that_claims(width: int, height: int) -> bytes:
-    content = bytearray(encoded(8, 8, "JPEG"))
-    frame = content.index(b"\xff\xc0")
-    content[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
-    return bytes(content)
-
-
-PICTURES = {
-    "jpg baseline": ("jpg", encoded(37, 21, "JPEG")),
-    "jpg progressive": ("jpg", encoded(37, 21, "JPEG", progressive=True)),
-    "jpg grey": ("jpg", encoded(37, 21, "JPEG", "L")),
-    "jpg CMYK": ("jpg", encoded(37, 21, "JPEG", "CMYK")),
-    "jpg with comment": ("jpg", encoded(37, 21, "JPEG", comment=b"\xff\xc0" * 50)),
-    "png": ("png", encoded(37, 21, "PNG")),
-    "png palette": ("png", encoded(37, 21, "PNG", "P")),
-    "png alpha": ("png", encoded(37, 21, "PNG", "RGBA")),
-    "png 16 bit": ("png", encoded(37, 21, "PNG", "I;16")),
-    "webp lossy": ("webp", encoded(37, 21, "WEBP")),
-    "webp lossless": ("webp", encoded(37, 21, "WEBP", lossless=True)),
-    "webp alpha": ("webp", encoded(37, 21, "WEBP", "RGBA", exif=b"Exif\0\0")),
-}
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_header_gives_kind_and_size(name):
-    kind, content = PICTURES[name]
-    assert image_header(content) == (kind, 37, 21)
-    assert check_image_decodes(content, 1.0) == (kind, 37, 21)
-
-
-@given(
-    width=st.integers(1, 90),
-    height=st.integers(1, 90),
-    kind=st.sampled_from(["JPEG", "PNG", "WEBP"]),
-    lossless=st.booleans(),
-)
-def test_header_agrees_with_pillow(width, height, kind, lossless):
-    content = encoded(width, height, kind, lossless=lossless)
-    assert image_header(content)[1:] == Image.open(io.BytesIO(content)).size == (width, height)
-
-
-@pytest.mark.parametrize("name", PICTURES)
-def test_cut_off_picture_is_bad_wherever_it_is_cut(name):
-    _, content = PICTURES[name]
-    for end in range(0, len(content) // 2, 7):
-        with pytest.raises(BadSample):
-            check_image_decodes(content[:end], 1.0)
-
-
-@given(
-    start=st.sampled_from(
-        [b"", *(content[:n] for _, content in PICTURES.values() for n in (2, 30))]
-    ),
-    rest=st.binary(max_size=60),
-)
-@example(start=b"\xff\xd8", rest=b"\xff\xe0\x00\x00" * 10)
-@example(start=b"\xff\xd8", rest=b"\xff" * 50)
-def test_no_bytes_do_more_than_be_bad(start, rest):
-    try:
-        header = image_header(start + rest)
-    except BadSample:
-        return
-    assert header.width >= 1
-    assert header.height >= 1
-
-
-@pytest.mark.parametrize(
-    "bomb", [png_that_claims(100_000, 100_000), jpeg_that_claims(65_500, 65_500)]
-)
-def test_bomb_is_refused_by_its_header(bomb):
-    assert len(bomb) < 1000
-    with pytest.raises(BadSample, match=r"larger than 100 megapixels"):
-        check_image_size(image_header(bomb), 100.0)
-    with pytest.raises(BadSample, match=r"larger than 100 megapixels"):
-        check_image_decodes(bomb, 100.0)
-
-
-def test_size_limit_is_inclusive():
-    check_image_size(image_header(png_that_claims(1000, 1000)), 1.0)
-    with pytest.raises(BadSample):
-        check_image_size(image_header(png_that_claims(1001, 1000)), 1.0)
-
-
-def test_header_alone_does_not_make_a_picture():
-    with pytest.raises(BadSample, match="does not decode"):
-        check_image_decodes(png_that_claims(50, 50), 1.0)
-
-
-@pytest.mark.parametrize("content", [b"GIF89a" + bytes(50), b"", b"%PDF-1.4", b"RIFF0000WAVEfmt "])
-def test_other_files_are_bad(content):
-    with pytest.raises(BadSample, match="neither JPEG, PNG nor WebP"):
-        image_header(content)
 
 
 def test_annotation_of_labelled_and_unlabelled_sample():

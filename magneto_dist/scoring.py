@@ -1,0 +1,161 @@
+"""A trained run scored on a split of a data set, which need not be the one it was trained on.
+
+1. `require_scorable`: the data set speaks the run's vocabulary and says what is important.
+2. `score_split`: every item once, over all ranks.
+3. `write_scores`: metrics and where they come from, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from magneto_dist.batch import Batch, Reject
+from magneto_dist.data.loader import Loader
+from magneto_dist.data.order import BatchPlan
+from magneto_dist.data.shards import Dataset
+from magneto_dist.errors import InputError
+from magneto_dist.evaluation import evaluate_model
+from magneto_dist.files import write_atomically
+from magneto_dist.inference import TrainedRun
+from magneto_dist.training.checkpoint import read_progress
+from magneto_dist.training.session import Session
+from magneto_dist.vocabulary import Vocabulary
+
+_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def require_scorable(run: TrainedRun, dataset: Dataset, split: str, outliers: int = 0) -> None:
+    """Checks that scores of `run` on a split would mean something.
+
+    Raises:
+        InputError: another vocabulary, no items, no labels where the run needs them, or outliers
+            for a run of pre-training.
+    """
+    _require_same_vocabulary(run, dataset)
+    num_items = dataset.num_samples(split)
+    if num_items == 0:
+        raise InputError(f"{dataset.root}: the split {split!r} has no items")
+    is_supervised = run.config.train.objective == "important"
+    num_unlabelled = num_items - dataset.num_labelled(split)
+    if is_supervised and num_unlabelled:
+        raise InputError(
+            f"{dataset.root}: {num_unlabelled} of {num_items} items of {split!r} have no"
+            " 'important' labels to score against; use launchers/predict.py for those"
+        )
+    if outliers and not is_supervised:
+        raise InputError(
+            f"--outliers {outliers}: {run.checkpoint} was pre-trained to tell foreign tags from"
+            " own ones, and gets foreign ones as it is; leave it at 0"
+        )
+
+
+def score_split(
+    run: TrainedRun,
+    session: Session,
+    dataset: Dataset,
+    split: str,
+    batch_size: int | None = None,
+    outliers: int = 0,
+) -> dict[str, Any]:
+    """Scores every item of a split once; every rank calls and gets the same metrics.
+
+    Args:
+        run: its config says how to load and to score (data, augment, tags, threshold, precision).
+        session: this process among its peers.
+        dataset: as `require_scorable` accepts it.
+        split: train (without augmentation) or validation.
+        batch_size: items per forward pass and rank; None: as when the checkpoint was written.
+        outliers: foreign tags added to each item (Table 3 of the paper).
+
+    Returns:
+        The metrics of `evaluate` under the name of the split, as in `summary.json`, beside where
+        they come from and how fast they came (items per second, of all ranks, start included).
+    """
+    config, world = run.config, session.world
+    size = batch_size or read_progress(run.checkpoint).micro_batch_size
+    plan = BatchPlan.derive(size * world.num_ranks, world.num_ranks, size, group_size=1)
+    loader = Loader(dataset, split, config, world, plan, training=False, outliers=outliers)
+    rejects: list[Reject] = []
+    batches = tqdm(
+        _collecting(loader.batches(1, loader.steps_per_epoch), rejects),
+        total=loader.steps_per_epoch,
+        unit="batch",
+        dynamic_ncols=True,
+        disable=not session.is_main,
+    )
+    started_at_s = time.perf_counter()
+    dtype = _AUTOCAST.get(config.train.precision)
+    with torch.autocast(session.device.type, dtype=dtype, enabled=dtype is not None):
+        metrics, _ = evaluate_model(
+            run.model.to(session.device),
+            batches,
+            device=session.device,
+            reduce=session.reduce_sum,
+            config=config,
+            num_tags=len(run.vocabulary),
+        )
+    elapsed_s = time.perf_counter() - started_at_s
+    for reject in rejects:
+        print(f"not scored: {reject.key} in {reject.shard}: {reject.reason}", file=sys.stderr)
+    return {
+        "run": str(run.checkpoint.parent.parent),
+        "checkpoint": run.checkpoint.name,
+        "data": dataset.root,
+        "split": split,
+        "outliers": outliers,
+        "threshold": config.train.threshold,
+        "precision": config.train.precision,
+        "batch_size": size,
+        "world_size": world.num_ranks,
+        "items": metrics["items"],
+        "items_not_scored": dataset.num_samples(split) - metrics["items"],
+        "items_per_second": metrics["items"] / elapsed_s,
+        split: metrics,
+    }
+
+
+def write_scores(path: Path, scores: dict[str, Any]) -> None:
+    """Replaces the JSON file `path`.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    content = json.dumps(scores, indent=2, ensure_ascii=False) + "\n"
+    try:
+        write_atomically(path, content.encode())
+    except OSError as error:
+        raise InputError(f"--out {path}: {error.strerror}") from None
+
+
+def _require_same_vocabulary(run: TrainedRun, dataset: Dataset) -> None:
+    theirs, ours = dataset.vocabulary, run.vocabulary
+    if theirs.sha256 == ours.sha256:
+        return
+    line = next(
+        (i for i, pair in enumerate(zip(theirs.tags, ours.tags, strict=False)) if len({*pair}) > 1),
+        min(len(theirs), len(ours)),
+    )
+    raise InputError(
+        f"{dataset.root}: its vocabulary of {len(theirs)} tags is not the run's of {len(ours)}; the"
+        f" first difference is line {line} (from 0): {_tag(theirs, line)} there,"
+        f" {_tag(ours, line)} in {run.checkpoint.parent.parent}; build the data set with the run's"
+        " vocabulary.txt"
+    )
+
+
+def _tag(vocabulary: Vocabulary, line: int) -> str:
+    return repr(vocabulary.tags[line]) if line < len(vocabulary) else "nothing"
+
+
+def _collecting(batches: Iterable[Batch], rejects: list[Reject]) -> Iterator[Batch]:
+    for batch in batches:
+        rejects += batch.rejects
+        yield batch
