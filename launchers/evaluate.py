@@ -20,9 +20,9 @@ from magneto_dist.config_io import clear_parser_errors
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources.demo import ensure_demo
 from magneto_dist.errors import InputError, exit_with_clear_errors
-from magneto_dist.inference import load_run
 from magneto_dist.report import final_table
 from magneto_dist.scoring import require_scorable, score_split, write_scores
+from magneto_dist.trained_run import load_run
 from magneto_dist.training.process import die_with_launcher
 from magneto_dist.training.session import Session
 

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from magneto_dist.config_io import clear_parser_errors
 from magneto_dist.errors import exit_with_clear_errors
 from magneto_dist.export import export_run
-from magneto_dist.inference import load_run
+from magneto_dist.trained_run import load_run
 
 
 def main() -> None:

@@ -192,6 +192,11 @@ class ModelConfig:
             '"all" or at least 0',
         )
 
+    @property
+    def sees_pictures(self) -> bool:
+        """Whether the model has an image stream."""
+        return self.kind in ("magneto", "tf-it")
+
 
 @dataclass(frozen=True)
 class LossConfig:

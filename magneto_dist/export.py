@@ -36,9 +36,9 @@ from magneto_dist.config import (
 )
 from magneto_dist.errors import InputError
 from magneto_dist.files import sync_file, sync_folder
-from magneto_dist.inference import TrainedRun
 from magneto_dist.model.magneto import build_model
 from magneto_dist.report import final_table
+from magneto_dist.trained_run import TrainedRun
 from magneto_dist.training.checkpoint import load_weights, read_progress
 from magneto_dist.vocabulary import Vocabulary
 
@@ -204,7 +204,7 @@ def _random_inputs(run: TrainedRun, batch_size: int) -> dict[str, Tensor]:
     mask = torch.arange(slots) < lengths
     ids = torch.randint(num_tags, (batch_size, slots), generator=generator)
     inputs = {"tag_ids": ids.where(mask, num_tags), "tag_mask": mask}
-    if run.config.model.kind in ("magneto", "tf-it"):
+    if run.config.model.sees_pictures:
         shape = (batch_size, 3, run.config.augment.image_size, run.config.augment.image_size)
         inputs["pixels"] = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     return inputs
@@ -236,7 +236,7 @@ def model_card(run: TrainedRun, *, onnx: bool) -> str:
         f"- `pixels`: uint8 `[batch, 3, {config.augment.image_size}, {config.augment.image_size}]`,"
         " RGB of 0 to 255, not normalised: the square at the centre with"
         f" {config.augment.eval_crop_fraction:g} of the shorter side, resized.\n"
-        if config.model.kind in ("magneto", "tf-it")
+        if config.model.sees_pictures
         else ""
     )
     return _CARD.format(

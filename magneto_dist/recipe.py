@@ -157,7 +157,7 @@ def _open_data(config: Config) -> Dataset:
                 f"{path}: {num_unlabelled} items of {split!r} have no 'important' labels; train on"
                 " labelled items, or use launchers/pretrain.py, which needs none"
             )
-    if not dataset.has_images and config.model.kind in ("magneto", "tf-it"):
+    if not dataset.has_images and config.model.sees_pictures:
         raise InputError(
             f"{path} holds no pictures, and --model.kind {config.model.kind} looks at them; use"
             " tf-t or ff"

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from magneto_dist.batch import Batch, Reject
@@ -24,12 +23,10 @@ from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError
 from magneto_dist.evaluation import evaluate_model
 from magneto_dist.files import write_atomically
-from magneto_dist.inference import TrainedRun
+from magneto_dist.trained_run import TrainedRun
 from magneto_dist.training.checkpoint import read_progress
 from magneto_dist.training.session import Session
 from magneto_dist.vocabulary import Vocabulary
-
-_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def require_scorable(run: TrainedRun, dataset: Dataset, split: str, outliers: int = 0) -> None:
@@ -92,8 +89,7 @@ def score_split(
         disable=not session.is_main,
     )
     started_at_s = time.perf_counter()
-    dtype = _AUTOCAST.get(config.train.precision)
-    with torch.autocast(session.device.type, dtype=dtype, enabled=dtype is not None):
+    with run.autocast(session.device):
         metrics, _ = evaluate_model(
             run.model.to(session.device),
             batches,

@@ -38,7 +38,7 @@ def launch(
     command = [*through] or [sys.executable]
     if ranks:
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-        command += [f"--master_port={free_port()}"]
+        command += [f"--master_port={free_port()}", "--"]  # else it takes our --run for its own
     return subprocess.Popen(
         [*command, str(REPOSITORY / "launchers" / launcher), *options],
         stdout=subprocess.PIPE,

@@ -18,13 +18,12 @@ MAY_IMPORT = {
     "training": LEAVES | {"config_io", "data", "model", "loss", "metrics"},
     "evaluation": LEAVES | {"data", "model", "loss", "metrics"},
     "report": LEAVES | {"data", "model", "loss", "metrics", "evaluation", "training"},
-    "inference": LEAVES
-    | {"config_io", "data", "model", "loss", "metrics", "training", "evaluation", "report"},
-    "export": LEAVES
-    | {"config_io", "data", "model", "loss", "metrics", "training", "evaluation", "report"}
-    | {"inference"},
+    "trained_run": LEAVES | {"config_io", "model", "training"},
+    "inference": LEAVES | {"data", "trained_run"},
+    "gallery": LEAVES | {"data", "inference"},
 }
-MAY_IMPORT["scoring"] = MAY_IMPORT["export"]
+MAY_IMPORT["scoring"] = set(MAY_IMPORT)
+MAY_IMPORT["export"] = set(MAY_IMPORT)
 MAY_IMPORT["recipe"] = set(MAY_IMPORT)
 ONLY_IN = {
     "accelerate": {"training/session.py"},

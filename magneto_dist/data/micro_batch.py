@@ -32,7 +32,7 @@ from magneto_dist.data.stream import Record, SampleReader, Stage, load_rows
 from magneto_dist.data.tags import tag_rows
 from magneto_dist.errors import InputError
 
-_GREY = 127
+GREY = 127
 
 Row = Record | Reject | None
 """A usable sample, why there is none, or padding."""
@@ -192,7 +192,7 @@ class MicroBatches(torch.utils.data.Dataset):
         if not (self.dataset.has_images and self.config.data.constant_image):
             return None
         size = self.config.augment.image_size
-        grey = sample_valid.to(torch.uint8) * _GREY
+        grey = sample_valid.to(torch.uint8) * GREY
         return grey[:, None, None, None].repeat(1, 3, size, size)
 
     def _without(self, rows: list[int], batch: Batch) -> Batch:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -146,9 +147,14 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     """Reads the weights of a checkpoint into a model that is not yet prepared.
 
     Raises:
-        InputError: the checkpoint belongs to a model of another shape.
+        InputError: the weights are damaged, or belong to a model of another shape.
     """
-    load_state(model, load_file(folder / "model.safetensors"), str(folder))
+    path = folder / "model.safetensors"
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); copy or write it again") from None
+    load_state(model, state, str(folder))
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:

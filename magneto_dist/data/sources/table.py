@@ -109,6 +109,15 @@ def build(
     )
 
 
+def read_rows(table: Path, columns: TableColumns) -> list[TableRow]:
+    """All rows of a table, of whatever split; nothing is read from pictures yet.
+
+    Raises:
+        InputError: as for `build`.
+    """
+    return _table_rows(table, columns)[0]
+
+
 @dataclass(frozen=True)
 class PictureReader:
     """Makes a sample of a row."""

@@ -1,0 +1,62 @@
+"""A trained run in use: its model, its vocabulary and its settings, read back from a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from magneto_dist.config import Config
+from magneto_dist.config_io import load_config
+from magneto_dist.errors import InputError
+from magneto_dist.model.magneto import build_model
+from magneto_dist.training.checkpoint import best_or_newest, load_weights
+from magneto_dist.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run folder holds for those who use it."""
+
+    config: Config
+    """As the run resolved it."""
+    vocabulary: Vocabulary
+    """The tags that the model knows."""
+    model: nn.Module
+    """In evaluation mode, on the chosen device, in the run's memory format and dtype."""
+    checkpoint: Path
+    """Where the weights came from."""
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The precision that the run was trained in; fp16 on a GPU alone."""
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.config.train.precision)
+        enabled = dtype is not None and (dtype == torch.bfloat16 or device.type == "cuda")
+        return torch.autocast(device.type, dtype=dtype, enabled=enabled)
+
+
+def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
+    """Reads the checkpoint with the best validation F1 (where it is kept, else the newest).
+
+    Nothing is unpickled, and no pre-trained backbone is looked for: all weights are in the run.
+
+    Raises:
+        InputError: no run there, or no complete checkpoint in it.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise InputError(f"{run_dir}: no run there (it has no config.yaml)")
+    checkpoint = best_or_newest(run_dir)
+    if checkpoint is None:
+        raise InputError(f"{run_dir}: no complete checkpoint there; has the run saved one yet?")
+    config = load_config(checkpoint / "config.yaml")
+    vocabulary = Vocabulary.from_bytes((run_dir / "vocabulary.txt").read_bytes())
+    bare = replace(config.model, backbone_weights="none", tag_embedding_init=None)
+    model = build_model(bare, len(vocabulary), gate=config.train.objective == "important")
+    if config.train.param_dtype == "float64":
+        model = model.double()
+    load_weights(checkpoint, model)
+    model = model.eval().to(device)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return TrainedRun(config, vocabulary, model, checkpoint)
