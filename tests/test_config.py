@@ -4,6 +4,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,21 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 def test_shipped_configs_parse(path: Path) -> None:
     config = load_config(path)
     assert config.output_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_accelerate_configs_parse_and_leave_our_settings_to_us(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "no"  # --train.precision decides
+    assert str(config.distributed_type).endswith(
+        {"gpu_1": "NO", "gpu_8": "MULTI_GPU", "multi_node": "MULTI_GPU"}.get(path.stem, "DEEPSPEED")
+    )
+    if config.deepspeed_config:
+        ours = {"gradient_accumulation_steps", "gradient_clipping", "train_batch_size"}
+        assert config.deepspeed_config["zero_stage"] == 2
+        assert not ours & config.deepspeed_config.keys()
 
 
 def test_ls_is_the_papers_large_scale_setup() -> None:

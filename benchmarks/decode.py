@@ -1,0 +1,138 @@
+"""Which library decodes and resizes photographs fastest on a CPU core, and how exact is it?
+
+python benchmarks/decode.py --photos FOLDER_OF_JPEGS --question decode|resize|decoders
+
+decode: a whole JPEG to RGB. resize: the same, then random-resized crops to --size pixels.
+decoders: our two decoders, without and with AutoAugment. One thread each.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from harness import compare, parser, report
+from magneto_dist.config import AugmentConfig
+from magneto_dist.data.augment import Augmentation, training_augmentations
+from magneto_dist.data.decode_cpu import CpuDecoder
+
+Pixels = np.ndarray
+Box = tuple[int, int, int, int]
+
+
+def main() -> None:
+    """Command line -> table, and a file with --out."""
+    options = parser(__doc__)
+    options.add_argument("--photos", type=Path, required=True, help="folder with *.jpg")
+    options.add_argument("--question", choices=("decode", "resize", "decoders"), required=True)
+    options.add_argument("--size", type=int, default=224, help="pixels (default: 224)")
+    given = options.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    images = [path.read_bytes() for path in sorted(given.photos.glob("*.jpg"))]
+    numbers = np.arange(len(images))
+    augmentations = training_augmentations(0, 0, numbers, AugmentConfig(image_size=given.size))
+    if given.question == "decode":
+        ways: dict[str, Callable[[], object]] = {
+            name: lambda decode=decode: [decode(image) for image in images]
+            for name, decode in DECODE.items()
+        }
+        notes: dict[str, str] = {}
+    elif given.question == "resize":
+        boxes = [_box(image, aug) for image, aug in zip(images, augmentations, strict=True)]
+        ways, notes = {}, {}
+        exact = [_pillow(image, box, given.size) for image, box in zip(images, boxes, strict=True)]
+        for name, resize in RESIZE.items():
+            pairs = list(zip(images, boxes, strict=True))
+            made = [resize(image, box, given.size) for image, box in pairs]
+            error = np.mean([np.abs(m - e.astype(float)) for m, e in zip(made, exact, strict=True)])
+            notes[name] = f"differs from Pillow by {error:.2f} of 255"
+            ways[name] = lambda resize=resize, pairs=pairs: [
+                resize(image, box, given.size) for image, box in pairs
+            ]
+    else:
+        ways, notes = _decoders(images, augmentations, given.size)
+    question = f"{given.question}, {len(images)} photographs, {given.size} px, one thread"
+    report(question, compare(ways, len(images), given.rounds, notes), given.out)
+
+
+def _decoders(
+    images: list[bytes], augmentations: list[Augmentation], size: int
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    from magneto_dist.data.decode_dali import DaliDecoder
+
+    cpu = CpuDecoder(size, 100.0)
+    dali = DaliDecoder(size, 100.0, device="cpu", num_threads=1)
+    plain = [replace(augmentation, operations=()) for augmentation in augmentations]
+    ways: dict[str, Callable[[], object]] = {
+        "cpu": lambda: cpu(images, plain),
+        "dali_cpu": lambda: dali(images, plain),
+        "cpu, AutoAugment": lambda: cpu(images, augmentations),
+        "dali_cpu, AutoAugment": lambda: dali(images, augmentations),
+    }
+    notes = {}
+    for name, chosen in (("dali_cpu", plain), ("dali_cpu, AutoAugment", augmentations)):
+        ours, theirs = dali(images, chosen).pixels.float(), cpu(images, chosen).pixels.float()
+        notes[name] = f"differs from cpu by {(ours - theirs).abs().mean():.2f} of 255"
+    return ways, notes
+
+
+def _decode_pillow(content: bytes) -> Pixels:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def _decode_opencv(content: bytes) -> Pixels:
+    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+
+
+def _box(content: bytes, augmentation: Augmentation) -> Box:
+    height, width = simplejpeg.decode_jpeg_header(content)[:2]
+    return augmentation.box(height, width)
+
+
+def _crop(pixels: Pixels, box: Box) -> Pixels:
+    top, left, height, width = box
+    return pixels[top : top + height, left : left + width]
+
+
+def _pillow(content: bytes, box: Box, size: int) -> Pixels:
+    cropped = Image.fromarray(_crop(_decode_pillow(content), box))
+    return np.asarray(cropped.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _torch(content: bytes, box: Box, size: int) -> Pixels:
+    crop = torch.from_numpy(_crop(simplejpeg.decode_jpeg(content), box)).permute(2, 0, 1)[None]
+    resized = interpolate(crop, (size, size), mode="bilinear", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def _opencv(interpolation: int) -> Callable[[bytes, Box, int], Pixels]:
+    return lambda content, box, size: cv2.resize(
+        _crop(simplejpeg.decode_jpeg(content), box), (size, size), interpolation=interpolation
+    )
+
+
+DECODE: dict[str, Callable[[bytes], Pixels]] = {
+    "simplejpeg": simplejpeg.decode_jpeg,
+    "opencv": _decode_opencv,
+    "pillow": _decode_pillow,
+}
+RESIZE: dict[str, Callable[[bytes, Box, int], Pixels]] = {
+    "simplejpeg + torch antialias": _torch,
+    "simplejpeg + opencv linear": _opencv(cv2.INTER_LINEAR),
+    "simplejpeg + opencv area": _opencv(cv2.INTER_AREA),
+    "pillow": _pillow,
+}
+
+
+if __name__ == "__main__":
+    main()
