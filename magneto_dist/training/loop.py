@@ -128,8 +128,12 @@ def train_step(
     session, config = job.session, job.config
     normaliser = torch.tensor([counts.items, counts.tags], dtype=torch.float64).to(session.device)
     loss, sums = torch.zeros((), device=session.device), {}
+    # Every rank takes the same way through the model: ZeRO adds gradients of the ranks up in the
+    # order in which they come, and would else add those of different weights.
+    num_rows = len(micro_batches) * job.plan.micro_batch_size * session.world.num_ranks
+    all_valid = counts.items == num_rows
     for batch in micro_batches:
-        batch = batch.to(session.device)
+        batch = replace(batch, all_valid=all_valid).to(session.device)
         # Dropout belongs to its place in the run, so that a resumed run draws what it would have.
         torch.manual_seed(seed_for(config.seed, batch.step, batch.micro_step, session.world.rank))
         with session.micro_step(job.model, is_last=batch.micro_step == job.plan.micro_steps - 1):

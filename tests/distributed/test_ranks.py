@@ -80,14 +80,18 @@ def test_accumulation_and_three_ranks_equal_one(
     assert_losses_agree(tmp_path, one_process["float64"], 1e-9)
 
 
-def test_zero_2_has_the_loss_curve_of_one_process(
-    demo_shards: Path, one_process: dict[str, Path], tmp_path: Path
-) -> None:
+def test_zero_2_has_the_loss_curve_of_one_process(demo_shards: Path, tmp_path: Path) -> None:
     config = REPOSITORY / "configs" / "accelerate" / "zero2_cpu_2.yaml"
     through = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    run("train_ls.py", *options(demo_shards, tmp_path), through=through)
-    assert_losses_agree(tmp_path, one_process["float32"], 1e-4)
-    assert status(tmp_path)["state"] == "done"
+    # DeepSpeed keeps its weights in float32 whatever the model's dtype; slower learning keeps the
+    # rounding of one step from growing over the next ones. The last batch of an epoch is not full,
+    # on one rank only: both must still hand over their gradients in the same order.
+    more = ["--train.param_dtype=float64", "--optim.lr=0.003"]
+    run("train_ls.py", *options(demo_shards, tmp_path / "one", *more))
+    run("train_ls.py", *options(demo_shards, tmp_path / "zero", *more), through=through)
+    assert_losses_agree(tmp_path / "zero", tmp_path / "one", 1e-6)
+    assert losses(tmp_path / "one")[STEPS] < 0.95 * losses(tmp_path / "one")[1]
+    assert status(tmp_path / "zero")["state"] == "done"
 
 
 def test_bf16_learns(demo_shards: Path, one_process: dict[str, Path], tmp_path: Path) -> None:
