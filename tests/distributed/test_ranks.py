@@ -90,7 +90,7 @@ def test_zero_2_has_the_loss_curve_of_one_process(demo_shards: Path, tmp_path: P
     run("train_ls.py", *options(demo_shards, tmp_path / "one", *more))
     run("train_ls.py", *options(demo_shards, tmp_path / "zero", *more), through=through)
     assert_losses_agree(tmp_path / "zero", tmp_path / "one", 1e-6)
-    assert losses(tmp_path / "one")[STEPS] < 0.95 * losses(tmp_path / "one")[1]
+    assert losses(tmp_path / "one")[STEPS] < 0.97 * losses(tmp_path / "one")[1]
     assert status(tmp_path / "zero")["state"] == "done"
 
 
