@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -89,6 +90,14 @@ def _train_in_folder(
     checkpoint = session.from_main(lambda: checkpoint_to_resume(config, dataset))
     start = read_progress(checkpoint) if checkpoint else Progress()
     plan = _plan(config, session, start)
+    if run is not None and plan.idle_ranks:
+        print(
+            f"warning: {plan.idle_ranks} of {plan.num_ranks} processes have nothing to do: a global"
+            f" batch of {plan.global_batch_size} gives work to {plan.num_ranks - plan.idle_ranks}"
+            f" with --model.batch_norm_group_size {config.model.batch_norm_group_size}; lower that,"
+            " or raise --train.global_batch_size",
+            file=sys.stderr,
+        )
     loader = Loader(dataset, "train", config, session.world, plan, training=True)
     total_steps = _total_steps(config, loader)
     if checkpoint and start.step >= total_steps and start.evaluated:

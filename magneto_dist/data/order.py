@@ -73,6 +73,12 @@ class BatchPlan:
             micro_steps=micro_steps,
         )
 
+    @property
+    def idle_ranks(self) -> int:
+        """Ranks that never get a sample, because the others already hold the global batch."""
+        rows_per_rank = self.micro_steps * self.micro_batch_size
+        return self.num_ranks - _ceil_div(self.global_batch_size, rows_per_rank)
+
     def steps_per_epoch(self, num_samples: int) -> int:
         """Global steps of an epoch; the last one may be short. Independent of the ranks."""
         return _ceil_div(num_samples, self.global_batch_size)

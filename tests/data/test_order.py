@@ -299,6 +299,13 @@ def test_a_plan_with_too_few_rows_is_refused() -> None:
         BatchPlan(global_batch_size=9, num_ranks=2, micro_batch_size=4, micro_steps=1)
 
 
+@given(PLANS)
+def test_idle_ranks_are_those_without_a_sample(plan: BatchPlan) -> None:
+    order = Order(shard_sizes=(plan.global_batch_size,), seed=0, shuffle=True, num_streams=2)
+    of_rank = slots(order, plan, epoch=0, step=0).reshape(plan.num_ranks, -1)
+    assert plan.idle_ranks == sum((of_rank < 0).all(1))
+
+
 @given(st.integers(1, 50), st.integers(1, 200), st.integers(1, 500))
 def test_steps_count_from_one_and_epochs_from_zero(batch: int, samples: int, step: int) -> None:
     plan = BatchPlan.derive(batch, 1, batch, 1)
