@@ -15,6 +15,10 @@ class InputError(Exception):
     """Bad configuration or input: one line that says what, where, and what to do about it."""
 
 
+class ReportedError(InputError):
+    """An InputError that another process of the run met, and says."""
+
+
 class PreemptedError(Exception):
     """The run was told to stop (SIGTERM, SIGUSR1) and has saved everything."""
 
@@ -29,7 +33,8 @@ def exit_with_clear_errors(main: Callable[[], object]) -> NoReturn:
     try:
         main()
     except InputError as error:
-        print_clear_line(str(error))
+        if not isinstance(error, ReportedError):
+            print_clear_line(str(error))
         code = EXIT_BAD_INPUT
     except PreemptedError as stop:
         print(f"\n{stop}", file=sys.stderr, flush=True)

@@ -36,10 +36,9 @@ from magneto_dist.config import (
 )
 from magneto_dist.errors import InputError
 from magneto_dist.files import sync_file, sync_folder
-from magneto_dist.model.magneto import build_model
 from magneto_dist.report import final_table
-from magneto_dist.trained_run import TrainedRun
-from magneto_dist.training.checkpoint import load_weights, read_progress
+from magneto_dist.trained_run import TrainedRun, load_model
+from magneto_dist.training.checkpoint import read_progress
 from magneto_dist.vocabulary import Vocabulary
 
 FORMAT, VERSION = "magneto_dist model", 1
@@ -120,14 +119,7 @@ def load_exported(folder: Path, device: torch.device | str = "cpu") -> TrainedRu
             f"{folder}/vocabulary.txt: has {len(vocabulary)} tags, config.json says"
             f" {content.get('num_tags')}; export it again"
         )
-    bare = replace(config.model, backbone_weights="none", tag_embedding_init=None)
-    model = build_model(bare, len(vocabulary), gate=config.train.objective == "important")
-    if config.train.param_dtype == "float64":
-        model = model.double()
-    load_weights(folder, model)
-    model = model.eval().to(device)
-    if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = load_model(folder, config, len(vocabulary), device)
     return TrainedRun(config, vocabulary, model, folder)
 
 

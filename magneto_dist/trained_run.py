@@ -51,12 +51,25 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
         raise InputError(f"{run_dir}: no complete checkpoint there; has the run saved one yet?")
     config = load_config(checkpoint / "config.yaml")
     vocabulary = Vocabulary.from_bytes((run_dir / "vocabulary.txt").read_bytes())
+    model = load_model(checkpoint, config, len(vocabulary), device)
+    return TrainedRun(config, vocabulary, model, checkpoint)
+
+
+def load_model(
+    folder: Path, config: Config, num_tags: int, device: torch.device | str
+) -> nn.Module:
+    """The model with the weights in `folder`, in evaluation mode.
+
+    Raises:
+        InputError: the weights are damaged, or belong to a model of another shape.
+    """
+    # No pre-trained backbone or embedding is looked for: all weights are in the folder.
     bare = replace(config.model, backbone_weights="none", tag_embedding_init=None)
-    model = build_model(bare, len(vocabulary), gate=config.train.objective == "important")
+    model = build_model(bare, num_tags, gate=config.train.objective == "important")
     if config.train.param_dtype == "float64":
         model = model.double()
-    load_weights(checkpoint, model)
+    load_weights(folder, model)
     model = model.eval().to(device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return TrainedRun(config, vocabulary, model, checkpoint)
+    return model

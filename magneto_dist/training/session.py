@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from magneto_dist.config import TrainConfig
 from magneto_dist.data.order import BatchPlan
-from magneto_dist.errors import InputError
+from magneto_dist.errors import InputError, ReportedError
 from magneto_dist.world import World
 
 T = TypeVar("T")
@@ -164,7 +164,7 @@ class Session:
         if self.world.num_ranks > 1:
             broadcast_object_list(box)
         if box[1] is not None:
-            raise InputError(box[1])
+            raise InputError(box[1]) if self.is_main else ReportedError(box[1])
         return box[0]
 
     def barrier(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from processes import REPOSITORY, TINY, losses, run, status, summary
+from processes import REPOSITORY, TINY, launch, losses, run, status, summary
 
 STEPS = 20
 
@@ -108,3 +108,13 @@ def test_grown_and_shrunk_run_keeps_its_batches(
         more = ["--train.param_dtype=float64", f"--max_steps={last_step}"]
         run("train_ls.py", *options(demo_shards, tmp_path, *more), ranks=ranks)
     assert_losses_agree(tmp_path, one_process["float64"], 1e-9)
+
+
+def test_what_is_wrong_is_said_once(demo_shards: Path, tmp_path: Path) -> None:
+    refused = options(demo_shards, tmp_path, "--resume=/nowhere/step-00000001")
+    process = launch("train_ls.py", *refused, ranks=2)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 1  # torchrun's
+    assert status(tmp_path)["state"] == "failed"
+    assert output.count("error: ") == 1, output
+    assert "/nowhere" in status(tmp_path)["reason"]
