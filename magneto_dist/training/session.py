@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -215,3 +216,17 @@ def _check_launch(config: TrainConfig, has_gpu: bool) -> None:
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         raise InputError("FSDP is not supported; use DDP or DeepSpeed (configs/accelerate/)")
+    if _is_alone_against_order():
+        print(
+            "warning: `accelerate launch` starts one process on CPU, however many it is asked for;"
+            " use `torchrun --nproc_per_node N`",
+            file=sys.stderr,
+        )
+
+
+def _is_alone_against_order() -> bool:
+    """accelerate prepares a meeting of several processes on CPU, then starts a single one."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    # What says in which of the processes we are: torchrun's, then those of MPI launchers.
+    ranks = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+    return on_cpu and "MASTER_PORT" in os.environ and not ranks & set(os.environ)

@@ -118,3 +118,13 @@ def test_what_is_wrong_is_said_once(demo_shards: Path, tmp_path: Path) -> None:
     assert status(tmp_path)["state"] == "failed"
     assert output.count("error: ") == 1, output
     assert "/nowhere" in status(tmp_path)["reason"]
+
+
+@pytest.mark.parametrize("asked_for", [1, 2])
+def test_accelerate_on_cpu_that_starts_fewer_processes_than_asked_for_is_no_secret(
+    demo_shards: Path, tmp_path: Path, asked_for: int
+) -> None:
+    through = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    through += [f"--num_processes={asked_for}"]
+    output = run("train_ls.py", *options(demo_shards, tmp_path, "--max_steps=1"), through=through)
+    assert ("warning: `accelerate launch` starts one process" in output) == (asked_for > 1)
