@@ -87,9 +87,14 @@ def report(question: str, timings: Sequence[Timing], out: str | None) -> None:
         spread = f"({t.slowest_per_s:.0f} - {t.fastest_per_s:.0f})"
         print(f"{t.name:<{width}}  {t.per_s:7.0f}  {spread:<25}  {t.ratio:5.2f}  {t.note}")
     if out:
-        content = {"question": question, **provenance(), "timings": [asdict(t) for t in timings]}
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{out}.json").write_text(json.dumps(content, indent=1) + "\n")
+        save(out, {"question": question, "timings": [asdict(t) for t in timings]})
+
+
+def save(out: str, measured: Mapping[str, object]) -> None:
+    """Writes what was measured, with its provenance, to `benchmarks/results/`."""
+    RESULTS.mkdir(exist_ok=True)
+    content = json.dumps({**provenance(), **measured}, indent=1)
+    (RESULTS / f"{out}.json").write_text(content + "\n")
 
 
 def provenance() -> dict[str, object]:
