@@ -204,6 +204,7 @@ def test_every_sample_is_trained_on_or_quarantined_once(case: Case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @settings(max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
 @given(cases(max_ranks=16, num_workers=st.just(0)))
 def test_every_sample_is_trained_on_or_quarantined_once_in_a_long_sweep(case: Case) -> None:
@@ -217,6 +218,7 @@ def test_loader_processes_change_nothing_of_that(case: Case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(cases(max_ranks=3, num_workers=st.integers(0, 4)))
 def test_loader_processes_change_nothing_of_that_in_a_long_sweep(case: Case) -> None:
