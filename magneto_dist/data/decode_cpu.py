@@ -103,8 +103,8 @@ def decode_image(
 ) -> tuple[UInt8[Tensor, "3 height width"], ImageHeader]:
     """The whole picture in RGB, and what its header says.
 
-    Grey becomes RGB, transparency is dropped, 16 bits become 8. EXIF orientation is not applied.
-    Damaged data inside a JPEG that is whole is decoded as well as it can be, as everywhere else.
+    It is upright, as its EXIF orientation says; grey becomes RGB, transparency is dropped, 16 bits
+    become 8. Damaged data inside a whole JPEG is decoded as well as it can be, as everywhere else.
 
     Raises:
         BadSample: not a picture, too large, cut off or broken.
@@ -117,7 +117,7 @@ def decode_image(
         raise BadSample(f"{header.kind} picture does not decode: {reason}") from None
     if array.shape != (header.height, header.width, 3):
         raise BadSample(f"{header.kind} picture is not of the size that its header gives")
-    return torch.from_numpy(array).permute(2, 0, 1), header
+    return torch.from_numpy(_upright(array, header.orientation)).permute(2, 0, 1), header
 
 
 def check_image_decodes(content: bytes, max_megapixels: float) -> ImageHeader:
@@ -143,6 +143,18 @@ def _decode_other(content: bytes, header: ImageHeader) -> UInt8[np.ndarray, "hei
         if image.mode == "P" and "transparency" in image.info:
             return np.array(image.convert("RGBA").convert("RGB"))  # else Pillow warns
         return np.array(image.convert("RGB"))
+
+
+def _upright(
+    array: UInt8[np.ndarray, "height width 3"], orientation: int
+) -> UInt8[np.ndarray, "height width 3"]:
+    if orientation == 1:
+        return array
+    if orientation >= 5:
+        array = array.transpose(1, 0, 2)
+    down = -1 if orientation in (3, 4, 7, 8) else 1
+    right = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(array[::down, ::right])
 
 
 def _recoloured(

@@ -154,7 +154,7 @@ def _pipeline(image_size: int, on_gpu: bool) -> DataNode:
         axis_names="HW",
         device="mixed" if on_gpu else "cpu",
         output_type=types.RGB,
-        adjust_orientation=False,
+        adjust_orientation=True,
     )
     image = fn.resize(
         image, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True
@@ -173,11 +173,11 @@ def _pipeline(image_size: int, on_gpu: bool) -> DataNode:
 def _run(
     pipeline: Pipeline, images: Sequence[bytes], augmentations: Sequence[Augmentation]
 ) -> UInt8[Tensor, "batch 3 height width"]:
-    headers = [image_header(content) for content in images]
+    sizes = [image_header(content).upright_size for content in images]
     boxes = np.array(
         [
-            augmentation.box(header.height, header.width)
-            for augmentation, header in zip(augmentations, headers, strict=True)
+            augmentation.box(height, width)
+            for augmentation, (height, width) in zip(augmentations, sizes, strict=True)
         ],
         dtype=np.int32,
     )

@@ -1,6 +1,6 @@
 """What the bytes of a picture say about it, before anything decodes them.
 
-1. `image_header` reads type and size by content, never by a file name.
+1. `image_header` reads type, size and orientation by content, never by a file name.
 2. `checked_header` also refuses bombs (a small file can hold a huge picture) and cut-off JPEGs,
    which decoders fill up with grey: some with an error, some without.
 """
@@ -19,6 +19,8 @@ DEFAULT_MAX_MEGAPIXELS = 100.0
 _JPEG_STANDALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
 _JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
+_JPEG_APP1, _EXIF_MARK = 0xE1, b"Exif\0\0"
+_EXIF_ORIENTATION, _EXIF_SHORT = 0x0112, 3
 _JPEG_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # neither a stuffed 0xFF nor a restart
 
 
@@ -28,13 +30,21 @@ class ImageHeader(NamedTuple):
     kind: str
     """jpg, png or webp."""
     width: int
-    """Pixels."""
+    """Pixels, as stored."""
     height: int
-    """Pixels."""
+    """Pixels, as stored."""
+    orientation: int = 1
+    """How it is to be turned and mirrored, 1 (as stored) to 8, by EXIF."""
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Height and width as shown, pixels."""
+        is_turned = self.orientation >= 5
+        return (self.width, self.height) if is_turned else (self.height, self.width)
 
 
 def image_header(content: bytes) -> ImageHeader:
-    """Type and size of a picture, by its content and never by a file name; decodes nothing.
+    """What a picture says of itself, by its content and never by a file name; decodes nothing.
 
     Raises:
         BadSample: neither JPEG, PNG nor WebP, or a header that is cut off or makes no sense.
@@ -74,15 +84,18 @@ def checked_header(content: bytes, max_megapixels: float) -> ImageHeader:
 
 
 def _jpeg_header(content: bytes) -> ImageHeader:
-    position = 2
+    position, orientation = 2, 1
     while True:
         marker, position = _jpeg_marker(content, position)
         if marker in _JPEG_FRAMES:
             height, width = struct.unpack_from(">HH", content, position + 3)
-            return ImageHeader("jpg", width, height)
+            return ImageHeader("jpg", width, height, orientation)
         if marker in (_JPEG_SCAN, _JPEG_END):
             raise BadSample("jpg picture does not give its size")
-        position = _after_jpeg_segment(content, marker, position)
+        end = _after_jpeg_segment(content, marker, position)
+        if marker == _JPEG_APP1 and content.startswith(_EXIF_MARK, position + 2):
+            orientation = _exif_orientation(content[position + 2 : end])
+        position = end
 
 
 def _check_jpeg_is_whole(content: bytes) -> None:
@@ -122,7 +135,17 @@ def _png_header(content: bytes) -> ImageHeader:
     length, name, width, height = struct.unpack_from(">I4sII", content, 8)
     if (length, name) != (13, b"IHDR"):
         raise BadSample("png picture does not begin with its header")
-    return ImageHeader("png", width, height)
+    return ImageHeader("png", width, height, _exif_orientation(_png_exif(content)))
+
+
+def _png_exif(content: bytes) -> bytes:
+    position = 8
+    while position + 8 <= len(content):
+        length, name = struct.unpack_from(">I4s", content, position)
+        if name == b"eXIf":
+            return content[position + 8 : position + 8 + length]
+        position += 12 + length  # behind the checksum
+    return b""
 
 
 def _webp_header(content: bytes) -> ImageHeader:
@@ -139,7 +162,40 @@ def _webp_header(content: bytes) -> ImageHeader:
         return ImageHeader("webp", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
     if chunk == b"VP8X":  # extended: flags (4 bytes), then 24 bits each, less one
         width_low, width_high, height_low, height_high = struct.unpack_from("<HBHB", content, 24)
-        return ImageHeader(
-            "webp", (width_high << 16 | width_low) + 1, (height_high << 16 | height_low) + 1
-        )
+        width, height = (width_high << 16 | width_low) + 1, (height_high << 16 | height_low) + 1
+        return ImageHeader("webp", width, height, _exif_orientation(_webp_exif(content)))
     raise BadSample("webp picture of an unknown kind")
+
+
+def _webp_exif(content: bytes) -> bytes:
+    position = 12
+    while position + 8 <= len(content):
+        name, length = struct.unpack_from("<4sI", content, position)
+        if name == b"EXIF":
+            return content[position + 8 : position + 8 + length]
+        position += 8 + length + length % 2
+    return b""
+
+
+def _exif_orientation(block: bytes) -> int:
+    """1, as stored, where an EXIF block does not say, or makes no sense.
+
+    Pillow would read, and warn of, the whole block: ten times the work of this one field.
+    """
+    tiff = block.removeprefix(_EXIF_MARK)
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
+    try:
+        (position,) = struct.unpack_from(order + "I", tiff, 4)
+        (num_fields,) = struct.unpack_from(order + "H", tiff, position)
+        for field in range(num_fields):
+            name, kind, count, value = struct.unpack_from(
+                order + "HHIH", tiff, position + 2 + 12 * field
+            )
+            if name == _EXIF_ORIENTATION:
+                is_sound = (kind, count) == (_EXIF_SHORT, 1) and 1 <= value <= 8
+                return value if is_sound else 1
+    except struct.error:
+        pass
+    return 1

@@ -69,8 +69,8 @@ def stats(dataset: Dataset, split: str) -> dict[str, Any]:
         "top_tags": dict(frequency.most_common(_TOP_TAGS)),
         "pictures_looked_at": len(headers),
         "picture_kinds": dict(Counter(header.kind for header in headers)),
-        "picture_width": _distribution([header.width for header in headers]),
-        "picture_height": _distribution([header.height for header in headers]),
+        "picture_width": _distribution([header.upright_size[1] for header in headers]),
+        "picture_height": _distribution([header.upright_size[0] for header in headers]),
     }
 
 

@@ -34,6 +34,15 @@ def jpeg_that_claims(width: int, height: int) -> bytes:
     return bytes(content)
 
 
+def turned(orientation: int, kind: str, byte_order: str = ">") -> bytes:
+    """A picture whose EXIF says how it is to be turned and mirrored."""
+    exif = Image.Exif()
+    exif.endian = byte_order
+    exif[0x010F] = "the maker comes before the orientation"
+    exif[0x0112] = orientation
+    return encoded(37, 21, kind, exif=exif)
+
+
 PICTURES = {
     "jpg baseline": ("jpg", encoded(37, 21, "JPEG")),
     "jpg progressive": ("jpg", encoded(37, 21, "JPEG", progressive=True)),

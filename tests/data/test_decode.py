@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pictures import PICTURES, encoded, jpeg_that_claims, png_that_claims
-from PIL import Image
+from pictures import PICTURES, encoded, jpeg_that_claims, png_that_claims, turned
+from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
 
@@ -90,6 +90,17 @@ def test_whole_picture_agrees_with_pillow(name):
         expected = np.array(opened.convert("RGB"), dtype=np.int32)
     # CMYK is the one that is not exact: another order of the same arithmetic.
     assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() <= (name == "jpg CMYK")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_picture_is_upright_as_pillow_turns_it(orientation, kind):
+    content = turned(orientation, kind)
+    image, header = decode_image(content, 1.0)
+    assert header.upright_size == tuple(image.shape[1:])
+    with Image.open(io.BytesIO(content)) as opened:
+        expected = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
 def test_16_bits_become_8():
@@ -214,6 +225,15 @@ def test_dali_crops_resizes_and_flips_alike(cpu, dali, photos):
     assert difference(dali(photos, plain), cpu(photos, plain)).max() < 0.5
     whole = [WHOLE] * len(photos)
     assert difference(dali(photos, whole), cpu(photos, whole)).max() < 0.5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_dali_turns_pictures_upright_before_it_crops(cpu, dali, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photos = [photo(seed, exif=exif) for seed in range(6)]
+    plain = [replace(augmentation, operations=()) for augmentation in training(len(photos))]
+    assert difference(dali(photos, plain), cpu(photos, plain)).max() < 0.5
 
 
 @pytest.mark.parametrize(("name", "magnitude"), MAGNITUDES)

@@ -5,7 +5,7 @@ import io
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from pictures import PICTURES, encoded, jpeg_that_claims, png_that_claims
+from pictures import PICTURES, encoded, jpeg_that_claims, png_that_claims, turned
 from PIL import Image
 
 from magneto_dist.data.decode_cpu import check_image_decodes
@@ -16,8 +16,8 @@ from magneto_dist.data.sample import BadSample
 @pytest.mark.parametrize("name", PICTURES)
 def test_header_gives_kind_and_size(name):
     kind, content = PICTURES[name]
-    assert image_header(content) == (kind, 37, 21)
-    assert check_image_decodes(content, 1.0) == (kind, 37, 21)
+    assert image_header(content) == (kind, 37, 21, 1)
+    assert check_image_decodes(content, 1.0) == (kind, 37, 21, 1)
 
 
 @given(
@@ -28,7 +28,7 @@ def test_header_gives_kind_and_size(name):
 )
 def test_header_agrees_with_pillow(width, height, kind, lossless):
     content = encoded(width, height, kind, lossless=lossless)
-    assert image_header(content)[1:] == Image.open(io.BytesIO(content)).size == (width, height)
+    assert image_header(content)[1:3] == Image.open(io.BytesIO(content)).size == (width, height)
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -92,3 +92,18 @@ def test_jpeg_is_whole_to_its_last_byte():
                 with pytest.raises(BadSample, match=r"cut off|before its size"):
                     checked_header(content[:end], 1.0)
             assert checked_header(content, 1.0).kind == "jpg", name
+
+
+@given(
+    orientation=st.integers(0, 2**16 - 1),
+    kind=st.sampled_from(["JPEG", "PNG", "WEBP"]),
+    byte_order=st.sampled_from("<>"),
+    position=st.integers(0, 72),  # inside the block
+    damage=st.binary(max_size=4),
+)
+def test_broken_exif_turns_nothing(orientation, kind, byte_order, position, damage):
+    content = turned(orientation, kind, byte_order)
+    assert image_header(content).orientation == (orientation if orientation in range(1, 9) else 1)
+    start = content.index({"<": b"II*\0", ">": b"MM\0*"}[byte_order]) + position
+    broken = content[:start] + damage + content[start + len(damage) :]
+    assert 1 <= image_header(broken).orientation <= 8
