@@ -73,7 +73,8 @@ class CpuDecoder:
     ) -> DecodedImages:
         """Decodes JPEGs, PNGs and WebPs, each with its own augmentation; never raises for one."""
         size = self.image_size
-        pixels = torch.zeros(len(images), 3, size, size, dtype=torch.uint8)
+        # Channels last, as pictures come and as Pillow and convolutions want them.
+        pixels = torch.zeros(len(images), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         errors: list[str | None] = [None] * len(images)
         for row, (content, augmentation) in enumerate(zip(images, augmentations, strict=True)):
             try:
@@ -91,6 +92,7 @@ class CpuDecoder:
         image, _ = decode_image(content, self.max_megapixels)
         top, left, height, width = augmentation.box(*image.shape[1:])
         crop = image[None, :, top : top + height, left : left + width]
+        crop = crop.contiguous(memory_format=torch.channels_last)  # else the result would not be so
         size = (self.image_size, self.image_size)
         # On 8 bits and not on floats: torch has a faster kernel for them.
         resized = interpolate(crop, size, mode="bilinear", antialias=True)[0]
