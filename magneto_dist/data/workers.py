@@ -8,19 +8,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from magneto_dist.data.parcels import Packing, Parcel, Unpacking
 from magneto_dist.errors import InputError
 
 _PRELOAD = ["__main__", "magneto_dist.data.loader"]
@@ -70,22 +72,34 @@ def run_loader(
         InputError: the one that the data set gave, or a loader process was killed.
     """
     num_workers = min(num_workers, len(tokens))
-    iterator = _start(dataset, tokens, num_workers, prefetch, pin)
-    receive = _next if num_workers > 0 else next
-    try:
-        while (item := receive(iterator, None)) is not None:
+    items = (
+        _made_by_processes(dataset, tokens, num_workers, prefetch, pin)
+        if num_workers > 0
+        else (dataset[token] for token in tokens)
+    )
+    with contextlib.closing(items):
+        for item in items:
             if isinstance(item, InputError):
                 raise item
-            yield item
+            yield item.pin_memory() if pin else item
+
+
+def _made_by_processes(
+    dataset: Dataset[Any], tokens: Sequence[int], num_workers: int, prefetch: int, pin: bool
+) -> Generator[Any, None, None]:
+    iterator = _start(Packing(dataset), tokens, num_workers, prefetch)
+    unpack = Unpacking(pin)
+    try:
+        while (received := _next(iterator, None)) is not None:
+            yield received if isinstance(received, InputError) else unpack(received)
     finally:
         del iterator  # ends the loader processes
 
 
 def _start(
-    dataset: Dataset[Any], tokens: Sequence[int], num_workers: int, prefetch: int, pin: bool
-) -> Iterator[Any]:
-    if num_workers > 0:
-        start_fork_server()
+    dataset: Dataset[Parcel], tokens: Sequence[int], num_workers: int, prefetch: int
+) -> Iterator[Parcel]:
+    start_fork_server()
     with warnings.catch_warnings():
         # torch's opinion on the number of processes: the user has asked for this one.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -94,10 +108,9 @@ def _start(
             batch_size=None,
             sampler=tokens,
             num_workers=num_workers,
-            multiprocessing_context="forkserver" if num_workers > 0 else None,
-            prefetch_factor=prefetch if num_workers > 0 else None,
+            multiprocessing_context="forkserver",
+            prefetch_factor=prefetch,
             worker_init_fn=init_worker,
-            pin_memory=pin,
             # Making an iterator draws a number; the global generator belongs to the model.
             generator=torch.Generator(),
         )

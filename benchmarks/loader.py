@@ -1,0 +1,239 @@
+"""Which loader makes the most of the cores: this one, its decoder alone, or another project's?
+
+python benchmarks/loader.py --photos FOLDER_OF_JPEGS [--policy] [--workers 2]
+
+Makes 500 x 375 photographs of those given and writes them in every form. Each loader then runs in
+a process of its own, in turn, and is timed from its 12th batch to the end of an epoch, so that
+starting costs nothing; in a first, untimed round the memory of all its processes is added up (PSS).
+`decoding alone` decodes whole pictures that lie in memory and keeps nothing: the ceiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import simplejpeg
+import torch
+from PIL import Image
+
+from harness import compare_measured, parser, report
+from magneto_dist.config import AugmentConfig, Config, DataConfig, TrainConfig
+from magneto_dist.data.augment import training_augmentations
+from magneto_dist.data.decode_cpu import CpuDecoder
+from magneto_dist.data.loader import Loader
+from magneto_dist.data.order import BatchPlan
+from magneto_dist.data.sample import Sample
+from magneto_dist.data.shards import Dataset
+from magneto_dist.data.writer import write_dataset
+from magneto_dist.vocabulary import Vocabulary
+from magneto_dist.world import World
+from other_loaders import OTHERS, Setting, convert
+
+WIDTH, HEIGHT, QUALITY = 500, 375, 86  # about 50 kB
+WARM_BATCHES = 12
+SAMPLES_PER_SHARD = 256
+TAGS = tuple(f"tag-{number:02}" for number in range(20))
+
+
+def main() -> None:
+    """Command line -> table, and a file with --out."""
+    options = parser(__doc__)
+    options.add_argument("--photos", type=Path, required=True, help="folder with *.jpg")
+    options.add_argument("--items", type=int, default=4096, help="photographs (default: 4096)")
+    options.add_argument("--size", type=int, default=224, help="pixels (default: 224)")
+    options.add_argument("--batch_size", type=int, default=64, help="(default: 64)")
+    options.add_argument("--workers", type=int, default=2, help="processes or threads (default: 2)")
+    options.add_argument("--policy", action="store_true", help="with AutoAugment")
+    options.add_argument("--only", nargs="*", help="loaders whose name contains one of these")
+    options.add_argument("--alone", help=argparse.SUPPRESS)  # one loader, in this process
+    options.add_argument("--folder", type=Path, help="keeps the photographs (default: does not)")
+    given = options.parse_args()
+    if given.alone:
+        _run_alone(given)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        if not (folder / "mds").exists():
+            _make(folder, given.photos, given.items)
+        _compare(given, folder)
+
+
+def _compare(given: argparse.Namespace, folder: Path) -> None:
+    names = [name for name in LOADERS if not given.only or any(part in name for part in given.only)]
+    peak_mb: dict[str, float] = {}
+
+    def measure(name: str) -> float:
+        if name not in peak_mb:  # adding up memory takes time of the cores
+            peak_mb[name] = _start(name, folder, given, watch_memory=True)
+        return _start(name, folder, given, watch_memory=False)
+
+    timings = compare_measured(
+        {name: lambda name=name: measure(name) for name in names}, 1, given.rounds
+    )
+    policy = "AutoAugment" if given.policy else "no policy"
+    report(
+        f"{WIDTH} x {HEIGHT} photographs to {given.size} px, {policy}, {given.workers} workers",
+        [replace(timing, note=f"{peak_mb[timing.name]:.0f} MB") for timing in timings],
+        given.out,
+    )
+
+
+def _start(name: str, folder: Path, given: argparse.Namespace, *, watch_memory: bool) -> float:
+    """Seconds a picture of a loader in a process of its own; or the peak memory of it, in MB."""
+    command = [sys.executable, __file__, "--alone", name, "--folder", str(folder)]
+    for option in ("photos", "size", "batch_size", "workers"):
+        command += [f"--{option}", str(getattr(given, option))]
+    process = subprocess.Popen(
+        command + ["--policy"] * given.policy,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    peak = 0
+    while watch_memory and process.poll() is None:
+        peak = max(peak, _memory(psutil.Process(process.pid)))
+        time.sleep(0.2)
+    output, errors = process.communicate()
+    if process.returncode != 0:
+        raise SystemExit(f"{name} failed: {errors.decode()[-2000:]}")
+    return peak / 1e6 if watch_memory else json.loads(output.splitlines()[-1])
+
+
+def _memory(process: psutil.Process) -> int:
+    total = 0
+    with suppress(psutil.NoSuchProcess):
+        for member in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                total += member.memory_full_info().pss
+    return total
+
+
+def _run_alone(given: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    setting = Setting(given.folder, given.size, given.policy, given.batch_size, given.workers)
+    batches = LOADERS[given.alone](setting)
+    for _ in range(WARM_BATCHES):
+        next(batches)
+    started_at_s = time.perf_counter()
+    num_pictures = sum(batches)
+    print((time.perf_counter() - started_at_s) / num_pictures, flush=True)
+    os._exit(0)  # some loaders take seconds to end, and some never do
+
+
+# Photographs ------------------------------------------------------------------------------------
+
+
+def _make(folder: Path, photos: Path, num_items: int) -> None:
+    originals = [Image.open(path).convert("RGB") for path in sorted(photos.glob("*.jpg"))]
+    generator = np.random.default_rng(0)
+    photographs = {
+        f"photo-{number:06}": _photograph(originals[number % len(originals)], generator)
+        for number in range(num_items)
+    }
+    write_dataset(
+        folder / "shards",
+        {"train": list(photographs.items())},
+        _sample,
+        Vocabulary(TAGS),
+        samples_per_shard=SAMPLES_PER_SHARD,
+        num_processes=1,
+        source={"builder": "benchmark"},
+    )
+    convert(folder, photographs)
+
+
+def _photograph(original: Image.Image, generator: np.random.Generator) -> bytes:
+    """A part of the original, somewhat enlarged at most, so that no two are equal."""
+    scale = max(WIDTH / original.width, HEIGHT / original.height) * generator.uniform(1, 1.3)
+    width, height = (
+        max(WIDTH, int(original.width * scale)),
+        max(HEIGHT, int(original.height * scale)),
+    )
+    left = int(generator.integers(0, width - WIDTH + 1))
+    top = int(generator.integers(0, height - HEIGHT + 1))
+    part = original.resize((width, height), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    part.crop((left, top, left + WIDTH, top + HEIGHT)).save(content, "JPEG", quality=QUALITY)
+    return content.getvalue()
+
+
+def _sample(row: tuple[str, bytes]) -> Sample:
+    key, content = row
+    first = int(key[-6:]) % (len(TAGS) - 8)
+    return Sample(key, content, TAGS[first : first + 8], (True, False) * 4)
+
+
+# Ours -------------------------------------------------------------------------------------------
+
+
+def _ours(decoder: str, setting: Setting) -> Iterator[int]:
+    size = setting.batch_size
+    config = Config(
+        augment=AugmentConfig(
+            image_size=setting.size, policy="imagenet" if setting.policy else "none"
+        ),
+        data=DataConfig(decoder=decoder, num_workers=setting.num_workers),
+        train=TrainConfig(global_batch_size=size),
+    )
+    dataset = Dataset.open(str(setting.folder / "shards"))
+    plan = BatchPlan.derive(size, 1, size, 1)
+    loader = Loader(dataset, "train", config, World(), plan, training=True)
+    for batch in loader.batches(1, loader.steps_per_epoch):
+        yield len(batch.sample_ids)
+
+
+def _decode_only(setting: Setting, augmented: bool) -> Iterator[int]:
+    """Each process decodes its share from memory and says only how much it has done."""
+    context = multiprocessing.get_context("fork")
+    done = context.Queue()
+    paths = sorted((setting.folder / "files").iterdir())
+    for worker in range(setting.num_workers):
+        share = paths[worker :: setting.num_workers]
+        context.Process(
+            target=_decode_share, args=(setting, share, augmented, done), daemon=True
+        ).start()
+    for _ in range(len(paths) // setting.batch_size):
+        yield done.get()
+
+
+def _decode_share(
+    setting: Setting, paths: list[Path], augmented: bool, done: multiprocessing.Queue[int]
+) -> None:
+    images = [path.read_bytes() for path in paths]
+    config = AugmentConfig(image_size=setting.size, policy="imagenet" if setting.policy else "none")
+    augmentations = training_augmentations(0, 0, np.arange(len(images)), config)
+    decoder = CpuDecoder(setting.size, 100.0)
+    for start in range(0, len(images) - setting.batch_size + 1, setting.batch_size):
+        rows = slice(start, start + setting.batch_size)
+        if augmented:
+            decoder(images[rows], augmentations[rows])
+        else:
+            for image in images[rows]:
+                simplejpeg.decode_jpeg(image, strict=False)
+        done.put(setting.batch_size)
+
+
+LOADERS: dict[str, Callable[[Setting], Iterator[int]]] = {
+    "decoding alone": lambda setting: _decode_only(setting, augmented=False),
+    "bare loop of the cpu decoder": lambda setting: _decode_only(setting, augmented=True),
+    "magneto_dist, cpu": lambda setting: _ours("cpu", setting),
+    "magneto_dist, dali_cpu": lambda setting: _ours("dali_cpu", setting),
+    **OTHERS,
+}
+
+if __name__ == "__main__":
+    main()
