@@ -58,13 +58,14 @@ def parse_annotation(content: bytes) -> tuple[tuple[str, ...], tuple[bool, ...] 
         BadSample: no JSON of that form, no tag at all, or lists of different lengths.
     """
     try:
-        annotation = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+        text = content.decode("utf-8")
+        annotation = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
         raise BadSample(f"annotation is not JSON in UTF-8: {error}") from None
     if not isinstance(annotation, dict):
         raise BadSample("annotation is no JSON object")
     tags = annotation.get("tags")
-    if not isinstance(tags, list) or not all(_is_text(tag) for tag in tags):
+    if not isinstance(tags, list) or not _are_texts(tags, may_be_escaped="\\u" in text):
         raise BadSample("annotation has no list of non-empty strings under 'tags'")
     if not tags:
         raise BadSample("annotation has no tags")
@@ -97,6 +98,8 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _is_text(value: object) -> bool:
-    # JSON can hold half of a surrogate pair, which no UTF-8 vocabulary can.
-    return isinstance(value, str) and value != "" and not re.search("[\ud800-\udfff]", value)
+def _are_texts(values: list, may_be_escaped: bool) -> bool:
+    if not all(isinstance(value, str) and value for value in values):
+        return False
+    # An escape can be half of a surrogate pair, which no UTF-8 vocabulary can hold.
+    return not (may_be_escaped and any(re.search("[\ud800-\udfff]", value) for value in values))
