@@ -2,6 +2,8 @@
 
 python launchers/shards.py build demo --out DIR
 python launchers/shards.py build table --help      # also: hf, nus-wide
+python launchers/shards.py index DIR_OR_URL --image-key jpg --tags-field tags   # existing tars
+python launchers/shards.py split DIR --out DIR2 --validation_fraction 0.1
 python launchers/shards.py verify DIR
 python launchers/shards.py stats DIR
 """
@@ -18,9 +20,11 @@ from jsonargparse import ArgumentParser
 
 from magneto_dist.config_io import clear_parser_errors
 from magneto_dist.data.image_bytes import DEFAULT_MAX_MEGAPIXELS
+from magneto_dist.data.indexing import index_tars, split_dataset
 from magneto_dist.data.inspect import format_stats, stats
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.verify import verify
+from magneto_dist.data.writer import WriteReport
 from magneto_dist.errors import InputError, exit_with_clear_errors
 
 SOURCES = {
@@ -39,7 +43,12 @@ def main() -> None:
         arguments = parser.instantiate(parser.parse_args(words))
     options = arguments[arguments.verb]
     if arguments.verb == "build":
-        _build(options.source, options[options.source].as_dict())
+        made = options[options.source].as_dict()
+        _tell(made["out"], _builder(options.source)(**made))
+    elif arguments.verb in ("index", "split"):
+        made = options.as_dict()
+        report = (index_tars if arguments.verb == "index" else split_dataset)(**made)
+        _tell(made["out"] or made["tars"], report)
     else:
         {"verify": _verify, "stats": _stats}[arguments.verb](**options.as_dict())
 
@@ -55,6 +64,14 @@ def _parser(source_asked_for: str) -> ArgumentParser:
         if name == source_asked_for:  # only its module is imported: some take seconds
             source.add_function_arguments(_builder(name))
         sources.add_subcommand(name, source, help=summary)
+
+    index = _verb_parser(description="Makes a data set of WebDataset tars; copies nothing.")
+    index.add_function_arguments(index_tars)
+    verbs.add_subcommand("index", index, help="use tars that are there already")
+
+    split = _verb_parser(description="Cuts a data set anew; copies nothing.")
+    split.add_function_arguments(split_dataset)
+    verbs.add_subcommand("split", split, help="choose samples to validate on")
 
     check = _verb_parser(description="Reads and decodes everything; exit code 2 on damage.")
     check.add_argument("data_set", help="folder or URL with dataset.json")
@@ -76,9 +93,8 @@ def _verb_parser(**options: Any) -> ArgumentParser:
     return ArgumentParser(exit_on_error=False, **options)
 
 
-def _build(source: str, options: dict[str, Any]) -> None:
-    written, skipped = _builder(source)(**options)
-    print(f"{options['out']}: {written:,} samples; {len(skipped):,} skipped, see skipped.jsonl")
+def _tell(out: object, report: WriteReport) -> None:
+    print(f"{out}: {report.written:,} samples; {len(report.skipped):,} skipped, see skipped.jsonl")
 
 
 def _verify(data_set: str, num_processes: int, max_megapixels: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,15 @@ class Vocabulary:
 
     def __contains__(self, tag: object) -> bool:
         return tag in self._id_of
+
+    def known(
+        self, tags: Sequence[str], flags: Sequence[bool] | None
+    ) -> tuple[tuple[str, ...], tuple[bool, ...] | None]:
+        """The tags that are in the vocabulary, with their flags."""
+        chosen = [tag in self._id_of for tag in tags]
+        return tuple(compress(tags, chosen)), None if flags is None else tuple(
+            compress(flags, chosen)
+        )
 
     def ids(self, tags: Sequence[str]) -> NDArray[np.int64]:
         """The ids of an item's tags.

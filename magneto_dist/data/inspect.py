@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from magneto_dist.data.image_bytes import ImageHeader, image_header
-from magneto_dist.data.sample import BadSample, parse_annotation
+from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shard_index import ShardIndex
-from magneto_dist.data.shards import Dataset
+from magneto_dist.data.shards import Dataset, Shard
 
 _TOP_TAGS = 20
 _MAX_PICTURES = 10_000
@@ -42,9 +42,9 @@ def stats(dataset: Dataset, split: str) -> dict[str, Any]:
             index = ShardIndex.read(dataset.storage, shard.name)
             for row in range(index.num_samples):
                 try:
-                    tags, important = parse_annotation(_annotation(dataset, shard.name, index, row))
+                    tags, important = dataset.annotation(_annotation(dataset, shard, index, row))
                     if dataset.has_images and bar.n % spacing == 0:
-                        headers.append(_header(dataset, shard.name, index, row))
+                        headers.append(_header(dataset, shard, index, row))
                 except BadSample:
                     num_bad += 1
                 else:
@@ -92,17 +92,17 @@ def format_stats(counted: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _annotation(dataset: Dataset, shard: str, index: ShardIndex, row: int) -> bytes:
+def _annotation(dataset: Dataset, shard: Shard, index: ShardIndex, row: int) -> bytes:
     offset, size = index.annotation_offset[row], index.annotation_size[row]
-    return dataset.storage.read(shard, int(offset), int(size))
+    return dataset.tar_storage.read(shard.file, int(offset), int(size))
 
 
-def _header(dataset: Dataset, shard: str, index: ShardIndex, row: int) -> ImageHeader:
+def _header(dataset: Dataset, shard: Shard, index: ShardIndex, row: int) -> ImageHeader:
     offset, size = int(index.image_offset[row]), int(index.image_size[row])
     try:
-        return image_header(dataset.storage.read(shard, offset, min(size, _HEADER_BYTES)))
+        return image_header(dataset.tar_storage.read(shard.file, offset, min(size, _HEADER_BYTES)))
     except BadSample:
-        return image_header(dataset.storage.read(shard, offset, size))
+        return image_header(dataset.tar_storage.read(shard.file, offset, size))
 
 
 def _distribution(values: list[int]) -> dict[str, float]:

@@ -38,6 +38,23 @@ class Sample:
     """One for each tag; None: unlabelled."""
 
 
+@dataclass(frozen=True)
+class AnnotationFields:
+    """Where the JSON of a sample holds what; the default is what our own builders write."""
+
+    tags: str = "tags"
+    """Name of the field with the tags, a list of strings."""
+    important: str | None = "important"
+    """Name of the field that says which tags are important; None: all samples are unlabelled."""
+    separator: str | None = None
+    """The tags are one string with this between them; None: they are a list."""
+    important_are_tags: bool = False
+    """`important` names tags (in the form of `tags`); False: it has a 0 or 1 for each."""
+
+
+OUR_FIELDS = AnnotationFields()
+
+
 def valid_key(key: str) -> bool:
     """Whether `key` can name a sample: 1 to 90 ASCII letters, digits, `_` or `-`.
 
@@ -46,10 +63,16 @@ def valid_key(key: str) -> bool:
     return _KEY.fullmatch(key) is not None
 
 
-def parse_annotation(content: bytes) -> tuple[tuple[str, ...], tuple[bool, ...] | None]:
+def parse_annotation(
+    content: bytes, fields: AnnotationFields = OUR_FIELDS
+) -> tuple[tuple[str, ...], tuple[bool, ...] | None]:
     """Reads `{"tags": [...], "important": [0/1, ...]}`; other fields are ignored.
 
     A tag that is listed twice is kept once, important if it is so anywhere.
+
+    Args:
+        content: JSON in UTF-8.
+        fields: where it holds what.
 
     Returns:
         The tags in order and whether each is important; None where the sample is unlabelled.
@@ -64,21 +87,19 @@ def parse_annotation(content: bytes) -> tuple[tuple[str, ...], tuple[bool, ...] 
         raise BadSample(f"annotation is not JSON in UTF-8: {error}") from None
     if not isinstance(annotation, dict):
         raise BadSample("annotation is no JSON object")
-    tags = annotation.get("tags")
-    if not isinstance(tags, list) or not _are_texts(tags, may_be_escaped="\\u" in text):
-        raise BadSample("annotation has no list of non-empty strings under 'tags'")
+    may_be_escaped = "\\u" in text
+    tags = _tags(annotation, fields.tags, fields.separator, may_be_escaped)
     if not tags:
         raise BadSample("annotation has no tags")
-    if "important" not in annotation:
+    if fields.important is None or annotation.get(fields.important) is None:
         return tuple(dict.fromkeys(tags)), None
-    important = annotation["important"]
-    # `type(x) in` and not `x in`: 1.0 == 1, but a float is no flag.
-    if not isinstance(important, list) or not all(
-        type(flag) in (int, bool) and flag in (0, 1) for flag in important
-    ):
-        raise BadSample("annotation has an 'important' that is no list of 0 and 1")
-    if len(important) != len(tags):
-        raise BadSample(f"annotation has {len(tags)} tags but {len(important)} 'important' flags")
+    if fields.important_are_tags:
+        chosen = set(_tags(annotation, fields.important, fields.separator, may_be_escaped))
+        if not chosen <= set(tags):
+            raise BadSample(f"annotation has {fields.important!r} tags that are not among its tags")
+        important = [tag in chosen for tag in tags]
+    else:
+        important = _flags(annotation[fields.important], fields.important, len(tags))
     merged: dict[str, bool] = {}
     for tag, flag in zip(tags, important, strict=True):
         merged[tag] = merged.get(tag, False) or bool(flag)
@@ -98,8 +119,26 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _are_texts(values: list, may_be_escaped: bool) -> bool:
-    if not all(isinstance(value, str) and value for value in values):
-        return False
+def _tags(annotation: dict, field: str, separator: str | None, may_be_escaped: bool) -> list[str]:
+    value = annotation.get(field)
+    if separator is not None and isinstance(value, str):
+        value = [tag for part in value.split(separator) if (tag := " ".join(part.split()))]
     # An escape can be half of a surrogate pair, which no UTF-8 vocabulary can hold.
-    return not (may_be_escaped and any(re.search("[\ud800-\udfff]", value) for value in values))
+    if (
+        not isinstance(value, list)
+        or not all(isinstance(tag, str) and tag for tag in value)
+        or (may_be_escaped and any(re.search("[\ud800-\udfff]", tag) for tag in value))
+    ):
+        raise BadSample(f"annotation has no list of non-empty strings under {field!r}")
+    return value
+
+
+def _flags(value: object, field: str, num_tags: int) -> list[bool]:
+    # `type(x) in` and not `x in`: 1.0 == 1, but a float is no flag.
+    if not isinstance(value, list) or not all(
+        type(flag) in (int, bool) and flag in (0, 1) for flag in value
+    ):
+        raise BadSample(f"annotation has an {field!r} that is no list of 0 and 1")
+    if len(value) != num_tags:
+        raise BadSample(f"annotation has {num_tags} tags but {len(value)} {field!r} flags")
+    return value

@@ -74,6 +74,17 @@ class ShardIndex:
         """Samples of the shard."""
         return len(self.keys)
 
+    def members(self, row: int) -> list[Member]:
+        """The members of a sample, the annotation last, called after its key."""
+        key = self.keys[row]
+        kinds = [IMAGE_KINDS[self.image_kind[row]]] if self.image_kind[row] != _NO_IMAGE else []
+        image = (self.image_offset.item(row), self.image_size.item(row))
+        annotation = (self.annotation_offset.item(row), self.annotation_size.item(row))
+        return [
+            *(Member(kind, *image, f"{key}.{kind}") for kind in kinds),
+            Member("json", *annotation, f"{key}.json"),
+        ]
+
     @classmethod
     def read(cls, storage: Storage, shard: str) -> ShardIndex:
         """Reads the index that lies beside the shard of that name.

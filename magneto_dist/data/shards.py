@@ -1,7 +1,8 @@
 """What a data set holds: `dataset.json`, `vocabulary.txt`, and whether every shard is there.
 
 They come from a disk or a URL that somebody else may have written: nothing in them is trusted.
-Where the samples lie in a shard says its `ShardIndex`.
+Where the samples lie in a shard says its `ShardIndex`. The tars may have been there before the data
+set, and lie elsewhere (`indexing.py`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from magneto_dist.data.sample import OUR_FIELDS, AnnotationFields, parse_annotation
 from magneto_dist.data.shard_index import FormatError, ShardIndex
 from magneto_dist.data.storage import Storage
 from magneto_dist.errors import InputError
@@ -30,15 +33,24 @@ _CONCURRENT_REQUESTS = 32
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of a split."""
+    """Samples of one tar."""
 
     name: str
-    """<split>-<%06d>.tar"""
+    """<split>-<%06d>.tar; that of its index follows from it."""
     num_samples: int
     num_labelled: int
     """Samples that say which of their tags are important."""
     num_bytes: int
+    """Of the tar."""
     sha256: str
+    """Of the tar; "" where nobody has read it whole."""
+    tar: str = ""
+    """Name of the tar where it is another."""
+
+    @property
+    def file(self) -> str:
+        """Name of the tar."""
+        return self.tar or self.name
 
 
 @dataclass(frozen=True)
@@ -52,8 +64,15 @@ class Dataset:
     has_images: bool
     """False: text-only."""
     storage: Storage
+    """Where `dataset.json` and the indexes are."""
+    tar_storage: Storage
+    """Where the tars are."""
     source: dict[str, Any]
     """The builder and its parameters, for people."""
+    fields: AnnotationFields = OUR_FIELDS
+    """Where annotations hold what."""
+    ignores_unknown_tags: bool = False
+    """Tags outside the vocabulary are left out; False: they are errors."""
 
     @classmethod
     def open(
@@ -85,9 +104,16 @@ class Dataset:
             fields = _parse(content)
         except FormatError as error:
             raise InputError(f"{root}/{DATASET_FILE}: {error}; build the data set again") from None
-        vocabulary = _read_vocabulary(storage, fields)
         dataset = cls(
-            str(root), fields.splits, vocabulary, fields.has_images, storage, fields.source
+            str(root),
+            fields.splits,
+            _read_vocabulary(storage, fields),
+            fields.has_images,
+            storage,
+            _tar_storage(storage, fields.tars),
+            fields.source,
+            fields.annotation,
+            fields.ignores_unknown_tags,
         )
         if check_shards:
             _check_sizes(dataset)
@@ -102,6 +128,17 @@ class Dataset:
         if split not in self.splits:
             raise InputError(f"{self.root}: has no split {split!r}, only {', '.join(self.splits)}")
         return self.splits[split]
+
+    def annotation(self, content: bytes) -> tuple[tuple[str, ...], tuple[bool, ...] | None]:
+        """A sample's tags and which are important, of the JSON in its shard.
+
+        Raises:
+            BadSample: see `parse_annotation`; or it has no tag of the vocabulary.
+        """
+        tags, important = parse_annotation(content, self.fields)
+        if not self.ignores_unknown_tags or all(tag in self.vocabulary for tag in tags):
+            return tags, important
+        return self.vocabulary.known(tags, important)
 
     def shard_sizes(self, split: str) -> tuple[int, ...]:
         """Samples in each shard of a split."""
@@ -122,9 +159,13 @@ def dataset_bytes(
     has_images: bool,
     source: dict[str, Any],
     input_sha256: str,
+    *,
+    tars: str | None = None,
+    fields: AnnotationFields = OUR_FIELDS,
+    ignores_unknown_tags: bool = False,
 ) -> bytes:
-    """The content of `dataset.json`."""
-    content = {
+    """The content of `dataset.json`; `tars`: the folder or URL of the tars, where it is another."""
+    content: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "vocabulary_sha256": vocabulary.sha256,
@@ -132,9 +173,19 @@ def dataset_bytes(
         "has_images": has_images,
         "source": source,
         "input_sha256": input_sha256,
-        "splits": {name: [asdict(shard) for shard in shards] for name, shards in splits.items()},
+        "splits": {name: list(map(_shard_fields, shards)) for name, shards in splits.items()},
     }
+    if tars is not None:
+        content["tars"] = tars
+    if fields != OUR_FIELDS:
+        content["annotation"] = asdict(fields)
+    if ignores_unknown_tags:
+        content["ignores_unknown_tags"] = True
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _shard_fields(shard: Shard) -> dict[str, Any]:
+    return {name: value for name, value in asdict(shard).items() if name != "tar" or value}
 
 
 class _Fields(NamedTuple):
@@ -143,6 +194,9 @@ class _Fields(NamedTuple):
     has_images: bool
     splits: dict[str, tuple[Shard, ...]]
     source: dict[str, Any]
+    tars: str | None
+    annotation: AnnotationFields
+    ignores_unknown_tags: bool
 
 
 def _read_dataset_file(storage: Storage) -> bytes:
@@ -176,7 +230,22 @@ def _parse(content: bytes) -> _Fields:
         _field(fields, "has_images", bool),
         {split: _parse_shards(split, _field(splits, split, list)) for split in splits},
         source if isinstance(source, dict) else {},
+        _field(fields, "tars", str) if "tars" in fields else None,
+        _parse_annotation_fields(fields),
+        _field(fields, "ignores_unknown_tags", bool) if "ignores_unknown_tags" in fields else False,
     )
+
+
+def _parse_annotation_fields(fields: dict) -> AnnotationFields:
+    if "annotation" not in fields:
+        return OUR_FIELDS
+    given = _field(fields, "annotation", dict)
+    known = AnnotationFields.__dataclass_fields__
+    if set(given) - set(known) or not all(
+        isinstance(value, (str, bool, type(None))) for value in given.values()
+    ):
+        raise FormatError("has an 'annotation' that is not understood")
+    return AnnotationFields(**given)
 
 
 def _parse_shards(split: str, entries: list) -> tuple[Shard, ...]:
@@ -190,6 +259,7 @@ def _parse_shards(split: str, entries: list) -> tuple[Shard, ...]:
             num_labelled=_field(entry, "num_labelled", int),
             num_bytes=_field(entry, "num_bytes", int),
             sha256=_field(entry, "sha256", str),
+            tar=_field(entry, "tar", str) if "tar" in entry else "",  # `Storage` judges it
         )
         # The name becomes part of a path or URL: nothing but ours passes.
         if re.fullmatch(rf"{split}-[0-9]{{6}}\.tar", shard.name) is None:
@@ -220,16 +290,29 @@ def _read_vocabulary(storage: Storage, fields: _Fields) -> Vocabulary:
     return vocabulary
 
 
+def _tar_storage(storage: Storage, tars: str | None) -> Storage:
+    if tars is None:
+        return storage
+    is_url = "://" in tars or tars.startswith("pipe:")
+    if storage.is_remote and not is_url:
+        raise InputError(
+            f"{storage.root}/{DATASET_FILE}: says that its tars lie in {tars[:100]!r} on this"
+            " machine: a data set under a URL may only have them under a URL"
+        )
+    root = tars if is_url else str(Path(storage.root) / tars)
+    return Storage(root, storage.cache_dir, storage.cache_gb, storage.version)
+
+
 def _check_sizes(dataset: Dataset) -> None:
     shards = [shard for split in dataset.splits.values() for shard in split]
     with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as threads:
-        sizes = threads.map(lambda shard: dataset.storage.size(shard.name), shards)
+        sizes = threads.map(lambda shard: dataset.tar_storage.size(shard.file), shards)
         try:
             for shard, size in zip(shards, sizes, strict=True):
                 if size != shard.num_bytes:
                     raise InputError(
-                        f"{dataset.root}/{shard.name}: has {size} bytes, {DATASET_FILE} says"
-                        f" {shard.num_bytes}; copy or build it again"
+                        f"{dataset.tar_storage.where(shard.file)}: has {size} bytes,"
+                        f" {DATASET_FILE} says {shard.num_bytes}; copy or build it again"
                     )
         except OSError as error:
             raise InputError(f"{dataset.root}: cannot be read: {error}") from None

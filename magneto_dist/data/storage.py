@@ -17,7 +17,7 @@ import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from magneto_dist.data.shard_cache import ShardCache, default_cache_dir
 from magneto_dist.errors import InputError
@@ -26,6 +26,7 @@ REMOTE_SCHEMES = ("http", "https", "s3", "gs", "hf")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MAX_OPEN_FILES = 64
 _ATTEMPTS = 3
+_BLOCK_BYTES = 1 << 23
 _READ_TIMEOUT_S = 60  # between two pieces of an answer; a whole shard may take longer
 
 
@@ -85,11 +86,11 @@ class Storage:
         for _ in range(_ATTEMPTS):
             try:
                 # Not kept open: a deleted file would go on taking space of the cache.
-                return _OpenFile(self.local_path(name), self._where(name)).read(offset, size)
+                return _OpenFile(self.local_path(name), self.where(name)).read(offset, size)
             except FileNotFoundError:  # another process made room between our two steps
                 continue
         raise InputError(
-            f"{self._where(name)}: leaves the cache of {self.cache_gb:g} GB as soon as it is there;"
+            f"{self.where(name)}: leaves the cache of {self.cache_gb:g} GB as soon as it is there;"
             " raise data.cache_gb"
         )
 
@@ -105,7 +106,42 @@ class Storage:
         try:
             return self._local(name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{self._where(name)}: does not exist") from None
+            raise InputError(f"{self.where(name)}: does not exist") from None
+
+    def stream(self, name: str) -> BinaryIO:
+        """The file `name`, to be read once from its start to its end; nothing is kept.
+
+        Raises:
+            InputError: the file is absent.
+            OSError: it cannot be read.
+        """
+        if self.is_remote:
+            return self._request(name, lambda fs, url: fs.open(url, block_size=_BLOCK_BYTES))
+        try:
+            return self._local(name).open("rb")
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{self.where(name)}: does not exist") from None
+
+    def names(self) -> list[str]:
+        """The files directly in the folder or under the URL, as far as it can list them.
+
+        Raises:
+            InputError: there is no such folder, or it cannot be listed.
+        """
+        try:
+            if not self.is_remote:
+                return sorted(path.name for path in Path(self.root).iterdir())
+            filesystem = _filesystem(self.root)
+            return sorted(
+                {
+                    path.rstrip("/").rpartition("/")[2]
+                    for path in filesystem.ls(self.root, detail=False)
+                }
+            )
+        except InputError:
+            raise
+        except Exception as error:  # every client has its own
+            raise InputError(f"{self.root}: cannot be listed: {error}") from None
 
     def exists(self, name: str) -> bool:
         """Whether the data set has the file `name`."""
@@ -125,10 +161,10 @@ class Storage:
             try:
                 return self._local(name).stat().st_size
             except (FileNotFoundError, NotADirectoryError):
-                raise InputError(f"{self._where(name)}: does not exist") from None
+                raise InputError(f"{self.where(name)}: does not exist") from None
         size = self._request(name, lambda fs, url: fs.size(url))
         if size is None:
-            raise InputError(f"{self._where(name)}: the server does not tell its size")
+            raise InputError(f"{self.where(name)}: the server does not tell its size")
         return size
 
     def local_path(self, name: str) -> Path:
@@ -155,7 +191,8 @@ class Storage:
         _check_name(name)
         return Path(self.root) / name
 
-    def _where(self, name: str) -> str:
+    def where(self, name: str) -> str:
+        """Path or URL of the file `name`, for people."""
         return f"{self.root}/{name}"
 
     def _open(self, name: str) -> _OpenFile:
@@ -163,9 +200,9 @@ class Storage:
             file = self._open_files.get(name)
             if file is None:
                 try:
-                    file = _OpenFile(self._local(name), self._where(name))
+                    file = _OpenFile(self._local(name), self.where(name))
                 except (FileNotFoundError, NotADirectoryError):
-                    raise InputError(f"{self._where(name)}: does not exist") from None
+                    raise InputError(f"{self.where(name)}: does not exist") from None
                 self._open_files[name] = file
                 if len(self._open_files) > _MAX_OPEN_FILES:
                     self._open_files.popitem(last=False)
@@ -179,13 +216,13 @@ class Storage:
             self._filesystem = _filesystem(self.root)
         for attempt in range(_ATTEMPTS):
             try:
-                return ask(self._filesystem, self._where(name))
+                return ask(self._filesystem, self.where(name))
             except FileNotFoundError:
-                raise InputError(f"{self._where(name)}: does not exist") from None
+                raise InputError(f"{self.where(name)}: does not exist") from None
             except Exception as error:  # every client has its own errors of the network
                 if attempt == _ATTEMPTS - 1:
                     reason = f"{type(error).__name__}: {error}"
-                    raise OSError(f"{self._where(name)}: {reason}") from error
+                    raise OSError(f"{self.where(name)}: {reason}") from error
                 time.sleep(4.0**attempt / 4)
         raise AssertionError("unreachable")
 

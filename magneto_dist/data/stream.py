@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from magneto_dist.batch import Reject
-from magneto_dist.data.sample import BadSample, Sample, parse_annotation
+from magneto_dist.data.sample import BadSample, Sample
 from magneto_dist.data.shard_index import ShardIndex
 from magneto_dist.data.shards import Dataset, Shard
 from magneto_dist.data.step_log import StepLog, read_entries
@@ -68,7 +68,7 @@ class SampleReader:
     def __init__(
         self, dataset: Dataset, split: str, *, with_images: bool, max_indexes: int
     ) -> None:
-        self._dataset, self._shards = dataset, dataset.shards(split)
+        self.dataset, self._shards = dataset, dataset.shards(split)
         self._with_images, self._max_indexes = with_images, max_indexes
         self._ends = np.cumsum(dataset.shard_sizes(split), dtype=np.int64)
         self._indexes: OrderedDict[str, ShardIndex] = OrderedDict()
@@ -88,8 +88,8 @@ class SampleReader:
                 yield self._read(sample_id, shard, row)
             except OSError as error:
                 raise InputError(
-                    f"{self._dataset.root}/{shard.name}: sample {row} cannot be read ({error});"
-                    " check the data set with `shards.py verify`"
+                    f"{self.dataset.tar_storage.where(shard.file)}: sample {row} cannot be read"
+                    f" ({error}); check the data set with `shards.py verify`"
                 ) from None
 
     def _read(self, sample_id: int, shard: Shard, row: int) -> RawSample:
@@ -101,7 +101,7 @@ class SampleReader:
         members = [annotation, image] if has_image else [annotation]
         start = min(offset for offset, _ in members)
         end = max(offset + size for offset, size in members)
-        content = self._dataset.storage.read(shard.name, start, end - start)
+        content = self.dataset.tar_storage.read(shard.file, start, end - start)
 
         def member(offset: int, size: int) -> bytes:
             return content[offset - start : offset - start + size]
@@ -116,10 +116,10 @@ class SampleReader:
 
     def _index(self, shard: Shard) -> ShardIndex:
         if shard.name not in self._indexes:
-            index = ShardIndex.read(self._dataset.storage, shard.name)
+            index = ShardIndex.read(self.dataset.storage, shard.name)
             if index.num_samples != shard.num_samples:
                 raise InputError(
-                    f"{self._dataset.root}/{shard.name}: its index has {index.num_samples} samples,"
+                    f"{self.dataset.root}/{shard.name}: its index has {index.num_samples} samples,"
                     f" dataset.json says {shard.num_samples}; build the data set again"
                 )
             self._indexes[shard.name] = index
@@ -151,7 +151,7 @@ def load_rows(
     """
     raw = {sample.sample_id: sample for sample in reader.read(sample_ids[sample_ids >= 0])}
     rejects: dict[int, Reject] = {}
-    records = parse(raw.values(), rejects)
+    records = parse(raw.values(), reader.dataset.annotation, rejects)
     for stage in stages:
         records = stage(records)
     records = usable(records, rejects, needs_images=needs_images, needs_labels=needs_labels)
@@ -169,11 +169,15 @@ def load_rows(
     return [rows[sample_id] for sample_id in sample_ids.tolist()]
 
 
-def parse(samples: Iterable[RawSample], rejects: dict[int, Reject]) -> Iterator[Record]:
+def parse(
+    samples: Iterable[RawSample],
+    read_annotation: Callable[[bytes], tuple[tuple[str, ...], tuple[bool, ...] | None]],
+    rejects: dict[int, Reject],
+) -> Iterator[Record]:
     """Records of the samples whose annotation is sound; the others go to `rejects` by id."""
     for raw in samples:
         try:
-            tags, important = parse_annotation(raw.annotation)
+            tags, important = read_annotation(raw.annotation)
         except BadSample as error:
             rejects[raw.sample_id] = Reject(raw.key, raw.shard, str(error))
         else:

@@ -37,7 +37,7 @@ from magneto_dist.files import require_space, write_atomically
 from magneto_dist.vocabulary import Vocabulary
 
 Row = TypeVar("Row")
-_SKIPPED_FILE = "skipped.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
 
 
 class WriteReport(NamedTuple):
@@ -110,7 +110,7 @@ def write_dataset(
         shards = [finished[plan.name] for plan in plans]
         report = totals.report(shards)
         write_atomically(out / VOCABULARY_FILE, vocabulary.to_bytes())
-        _write_skipped(out, report.skipped)
+        write_skipped(out, report.skipped)
         content = dataset_bytes(
             {split: _shards_of(split, plans, finished) for split in splits},
             vocabulary,
@@ -148,11 +148,11 @@ class _Totals:
         self.num_images += shard.num_images
         self.skipped += shard.skipped
         if len(self.skipped) > self.max_skipped:
-            _write_skipped(self.out, self.skipped)
+            write_skipped(self.out, self.skipped)
             key, reason = self.skipped[0]
             raise InputError(
                 f"{self.out}: {len(self.skipped)} rows are bad, more than the {self.max_skipped}"
-                f" allowed; the first is {key}: {reason}; see {self.out / _SKIPPED_FILE}"
+                f" allowed; the first is {key}: {reason}; see {self.out / SKIPPED_FILE}"
             )
         refuse_some_images(self.num_images, len(self.keys), str(self.out))
 
@@ -181,15 +181,16 @@ def _shards_of(
     return tuple(shard for shard in shards if shard.num_samples > 0)
 
 
-def _write_skipped(out: Path, skipped: Sequence[tuple[str, str]]) -> None:
+def write_skipped(out: Path, skipped: Sequence[tuple[str, str]]) -> None:
+    """Lists what is not in the data set, and why."""
     lines = (json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in skipped)
-    write_atomically(out / _SKIPPED_FILE, "".join(lines).encode())
+    write_atomically(out / SKIPPED_FILE, "".join(lines).encode())
 
 
 def _read_report(out: Path) -> WriteReport:
     """The report of the call that wrote the data set in `out`."""
     dataset = Dataset.open(str(out))
-    path = out / _SKIPPED_FILE
+    path = out / SKIPPED_FILE
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     skipped = [(entry["key"], entry["reason"]) for entry in map(json.loads, lines)]
     return WriteReport(sum(map(dataset.num_samples, dataset.splits)), skipped)

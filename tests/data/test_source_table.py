@@ -17,6 +17,7 @@ from tar_samples import tar_samples
 from magneto_dist.data.sample import valid_key
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources import table
+from magneto_dist.data.sources.columns import unique_keys
 from magneto_dist.data.sources.table import TableColumns
 from magneto_dist.errors import InputError
 
@@ -248,16 +249,16 @@ def test_same_name_in_two_folders_and_same_picture_twice(tmp_path: Path, images:
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=20))
 def test_keys_are_valid_and_unique(paths: list[str]) -> None:
-    keys = table._unique_keys(paths)
+    keys = unique_keys(paths)
     assert len(set(keys)) == len(paths)
     assert all(map(valid_key, keys))
 
 
 @given(st.permutations(["a/1.jpg", "b/1.jpg", "1.png", "2.jpg", "ä.jpg", "ö.jpg", "_.jpg"]))
 def test_keys_do_not_depend_on_the_order_of_rows(paths: list[str]) -> None:
-    keys = dict(zip(paths, table._unique_keys(paths), strict=True))
+    keys = dict(zip(paths, unique_keys(paths), strict=True))
     ordered = sorted(paths)
-    assert [keys[path] for path in ordered] == table._unique_keys(ordered)
+    assert [keys[path] for path in ordered] == unique_keys(ordered)
 
 
 def test_split_by_hash_has_its_share_and_ignores_other_rows(tmp_path: Path, images: Path) -> None:

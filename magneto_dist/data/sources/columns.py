@@ -3,13 +3,15 @@
 1. `parse_tags` reads one cell; `importance` says which of the tags are important.
 2. `Labels` collects what is wrong with the labels of all rows, to be told at once.
 3. `is_validation` splits by hash; `vocabulary_of` orders tags by frequency, or reads a file.
+4. `unique_keys` names samples after their files.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from magneto_dist.errors import InputError
@@ -17,6 +19,7 @@ from magneto_dist.vocabulary import Vocabulary
 
 VALIDATION_NAMES = ("validation", "valid", "val")
 """What a split column may call the rows to validate on."""
+_MAX_STEM = 70  # characters of a file's name in a key; a hash and a number have to fit, too
 
 
 def parse_tags(cell: object, separator: str, where: str) -> tuple[str, ...] | None:
@@ -109,3 +112,27 @@ def vocabulary_of(rows: Iterable[Iterable[str]], path: Path | None) -> Vocabular
         return Vocabulary.from_bytes(path.read_bytes())
     except OSError as error:
         raise InputError(f"vocabulary {path}: cannot be read: {error.strerror}") from None
+
+
+def unique_keys(paths: Sequence[str]) -> list[str]:
+    """A key for each path, the same in any order of the rows as long as no path occurs twice.
+
+    The stem of the file name where that is a valid key and no other picture has it; else with a
+    hash of the whole path. A path's second row gets "-2", and so on.
+    """
+    stems = [re.sub(r"[^A-Za-z0-9_-]", "_", _stem(path))[:_MAX_STEM] for path in paths]
+    pictures_with_stem = Counter(stem for stem, _ in set(zip(stems, paths, strict=True)))
+    seen: Counter[str] = Counter()
+    keys = []
+    for stem, path in zip(stems, paths, strict=True):
+        key = stem
+        if stem != _stem(path) or pictures_with_stem[stem] > 1:
+            digest = hashlib.blake2b(path.encode("utf-8", "surrogatepass"), digest_size=5)
+            key = f"{stem}-{digest.hexdigest()}"
+        seen[key] += 1
+        keys.append(key if seen[key] == 1 else f"{key}-{seen[key]}")
+    return keys
+
+
+def _stem(path: str) -> str:
+    return Path(path).stem

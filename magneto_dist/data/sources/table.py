@@ -2,19 +2,16 @@
 
 1. `_read` yields the cells of each row, and checks that the columns exist.
 2. `_table_rows` makes rows of paths, tags and labels; nothing is read from pictures yet.
-3. `_unique_keys` names the samples after their pictures; `_split_of` decides what is validated on.
+3. `unique_keys` names the samples after their pictures; `_split_of` decides what is validated on.
 4. `PictureReader` reads one picture, in one of the writer's processes.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
-import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +23,7 @@ from magneto_dist.data.sources.columns import (
     check_fraction,
     is_validation,
     parse_tags,
+    unique_keys,
     vocabulary_of,
 )
 from magneto_dist.data.writer import WriteReport, write_dataset
@@ -33,7 +31,6 @@ from magneto_dist.errors import InputError
 
 Cells = dict[str, Any]
 _MAX_CELL_BYTES = 2**24
-_MAX_STEM = 70  # characters of a picture's name in a key; a hash and a number have to fit, too
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,7 @@ def _table_rows(table: Path, columns: TableColumns) -> tuple[list[TableRow], lis
         split_names.append(None if columns.split is None else _named_split(cells, columns, where))
         paths.append(path)
     labels.check(str(table))
-    keys = _unique_keys(paths)
+    keys = unique_keys(paths)
     rows = [
         TableRow(key, path, tags, important)
         for key, path, (tags, important) in zip(keys, paths, annotations, strict=True)
@@ -184,30 +181,6 @@ def _named_split(cells: Cells, columns: TableColumns, where: str) -> str:
         allowed = ", ".join(("train", *VALIDATION_NAMES))
         raise InputError(f"{where}, column {columns.split!r}: {name!r} is none of {allowed}")
     return "train"
-
-
-def _unique_keys(paths: Sequence[str]) -> list[str]:
-    """A key for each path, the same in any order of the rows as long as no path occurs twice.
-
-    The stem of the file name where that is a valid key and no other picture has it; else with a
-    hash of the whole path. A path's second row gets "-2", and so on.
-    """
-    stems = [re.sub(r"[^A-Za-z0-9_-]", "_", _stem(path))[:_MAX_STEM] for path in paths]
-    pictures_with_stem = Counter(stem for stem, _ in set(zip(stems, paths, strict=True)))
-    seen: Counter[str] = Counter()
-    keys = []
-    for stem, path in zip(stems, paths, strict=True):
-        key = stem
-        if stem != _stem(path) or pictures_with_stem[stem] > 1:
-            digest = hashlib.blake2b(path.encode("utf-8", "surrogatepass"), digest_size=5)
-            key = f"{stem}-{digest.hexdigest()}"
-        seen[key] += 1
-        keys.append(key if seen[key] == 1 else f"{key}-{seen[key]}")
-    return keys
-
-
-def _stem(path: str) -> str:
-    return Path(path).stem
 
 
 # Formats ----------------------------------------------------------------------------------------

@@ -1,0 +1,166 @@
+"""What lies where in a WebDataset tar that somebody else has written.
+
+A tar is read once from its start to its end, from wherever it is, and hashed on the way. Nothing in
+it is trusted: links, devices and members that do not fit are left aside, nothing is unpickled or
+unpacked to disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, NamedTuple, cast
+
+from magneto_dist.data.image_bytes import checked_header
+from magneto_dist.data.parallel import Tick
+from magneto_dist.data.sample import AnnotationFields, BadSample, parse_annotation
+from magneto_dist.data.shard_index import Member
+from magneto_dist.data.storage import Storage
+from magneto_dist.errors import InputError
+
+_MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<extension>[^/]+)", re.DOTALL)
+"""WebDataset's rule: the key ends at the first dot of the file name."""
+_MAX_MEMBER_BYTES = 1 << 28
+_BLOCK_BYTES = 512
+
+
+class ScannedSample(NamedTuple):
+    """One sample, as good as its annotation says."""
+
+    name: str
+    """Its key in the tar, with folders."""
+    members: tuple[Member, ...]
+    """The picture, if it has one, and the annotation; without names."""
+    tags: tuple[str, ...]
+    important: tuple[bool, ...] | None
+
+
+@dataclass(frozen=True)
+class ScannedTar:
+    """All samples of a tar."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    samples: list[ScannedSample]
+    skipped: list[tuple[str, str]]
+    """Name and reason."""
+
+
+@dataclass(frozen=True)
+class TarScan:
+    """Reads a tar when called; runs in any process.
+
+    Raises:
+        InputError: it is no whole tar.
+    """
+
+    storage: Storage
+    image_keys: tuple[str, ...]
+    """Extensions that a picture may have."""
+    annotation_key: str
+    """Extension of the JSON."""
+    fields: AnnotationFields
+    max_megapixels: float
+
+    def __call__(self, name: str, tick: Tick) -> ScannedTar:
+        """All samples of the tar `name`; ticks at the end."""
+        samples: list[ScannedSample] = []
+        skipped: list[tuple[str, str]] = []
+        seen: set[str] = set()
+        try:
+            with self.storage.stream(name) as file:
+                hashed = _Hashed(file)
+                for key, members in self._samples(hashed, name, skipped):
+                    try:
+                        if key in seen:
+                            raise BadSample("its name occurs twice in this tar")
+                        seen.add(key)
+                        samples.append(self._sample(key, members))
+                    except BadSample as error:
+                        skipped.append((f"{name}/{key}", error.reason))
+                hashed.read_on()
+                if any(hashed.end):  # `tarfile` takes a cut-off header for the end
+                    raise self._not_whole(name, "it does not end as a tar does")
+        except OSError as error:
+            raise InputError(f"{self.storage.where(name)}: cannot be read: {error}") from None
+        tick()
+        return ScannedTar(name, hashed.num_bytes, hashed.sha256.hexdigest(), samples, skipped)
+
+    def _samples(
+        self, file: _Hashed, name: str, skipped: list[tuple[str, str]]
+    ) -> Iterator[tuple[str, list[tuple[Member, bytes]]]]:
+        """Neighbouring members of one key, with their contents."""
+        current, members = None, []
+        try:
+            with tarfile.open(fileobj=cast(BinaryIO, file), mode="r|") as tar:
+                for info in tar:
+                    match = _MEMBER.fullmatch(info.name)
+                    if not info.isreg() or match is None:
+                        if not info.isdir():
+                            skipped.append((f"{name}/{info.name[:200]}", "is no file of a sample"))
+                        continue
+                    key, extension = match["key"], match["extension"].lower()
+                    if key != current and members:
+                        yield str(current), members
+                        members = []
+                    current = key
+                    if extension not in (*self.image_keys, self.annotation_key):
+                        continue
+                    if info.size > _MAX_MEMBER_BYTES:
+                        skipped.append((f"{name}/{info.name[:200]}", f"has {info.size} bytes"))
+                        continue
+                    content = tar.extractfile(info)
+                    assert content is not None  # it is a regular file
+                    member = Member(extension, info.offset_data, info.size, "")
+                    members.append((member, content.read()))
+                if members:
+                    yield str(current), members
+        except (tarfile.TarError, EOFError) as error:
+            raise self._not_whole(name, str(error)) from None
+
+    def _not_whole(self, name: str, reason: str) -> InputError:
+        return InputError(
+            f"{self.storage.where(name)}: is no whole tar ({reason}): copy it again, or remove it"
+        )
+
+    def _sample(self, key: str, members: list[tuple[Member, bytes]]) -> ScannedSample:
+        images = [entry for entry in members if entry[0].extension != self.annotation_key]
+        annotations = [entry for entry in members if entry[0].extension == self.annotation_key]
+        if len(annotations) != 1 or len(images) > 1:
+            raise BadSample(f"has {len(images)} pictures and {len(annotations)} annotations")
+        member, content = annotations[0]
+        tags, important = parse_annotation(content, self.fields)
+        found = [member._replace(extension="json")]
+        for image, pixels in images:
+            header = checked_header(pixels, self.max_megapixels)
+            found.insert(0, image._replace(extension=header.kind))
+        tags = tuple(map(sys.intern, tags))  # the same few in millions of samples
+        return ScannedSample(key, tuple(found), tags, important)
+
+
+class _Hashed:
+    """A file that is hashed while it is read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+        self.end = b""
+        """The last bytes so far; zeros at the end of a tar."""
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self.sha256.update(content)
+        self.num_bytes += len(content)
+        self.end = (self.end + content)[-_BLOCK_BYTES:]
+        return content
+
+    def read_on(self) -> None:
+        """To the end, beyond which tar has nothing to say."""
+        while self.read(1 << 20):
+            pass

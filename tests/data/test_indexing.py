@@ -1,0 +1,228 @@
+"""Tars of other people as data sets: written with `tarfile` here, trained on where they are."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import encoded
+from small_data import read_jsonl
+
+from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig, TrainConfig
+from magneto_dist.data.indexing import index_tars, split_dataset
+from magneto_dist.data.loader import Loader
+from magneto_dist.data.order import BatchPlan
+from magneto_dist.data.shards import Dataset
+from magneto_dist.data.stream import Record, SampleReader, load_rows
+from magneto_dist.data.verify import verify
+from magneto_dist.errors import InputError
+from magneto_dist.world import World
+
+PICTURE = encoded(60, 50, "JPEG")
+PNG = encoded(20, 30, "PNG")
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def sample(name: str, image: bytes = PICTURE, extension: str = "jpg", **fields) -> dict:
+    return {f"{name}.{extension}": image, f"{name}.json": json.dumps(fields).encode()}
+
+
+@pytest.fixture
+def tars(tmp_path) -> Path:
+    """Eight samples in two tars for training, three in one for validation."""
+    folder = tmp_path / "Bilder 2024"
+    for shard, start in enumerate((0, 4)):
+        members: dict[str, bytes] = {}
+        for i in range(start, start + 4):
+            members |= {f"img/{i:03}.txt": b"a caption"}
+            members |= sample(f"img/{i:03}", tags=["cat", f"tag {i}"], main=["cat"], id=i)
+        write_tar(folder / f"web-{shard:05}.tar", members)
+    members = {}
+    for i in range(3):
+        members |= sample(f"v{i}", PNG, "jpg", tags=["cat", "tag 1"], main=[])
+    write_tar(folder / "val-0.tar", members)
+    return folder
+
+
+def records(dataset: Dataset, split: str) -> list[Record]:
+    reader = SampleReader(dataset, split, with_images=True, max_indexes=2)
+    rows = load_rows(
+        np.arange(dataset.num_samples(split)), reader, needs_images=False, needs_labels=False
+    )
+    assert all(isinstance(row, Record) for row in rows)
+    return rows
+
+
+def test_existing_tars_become_a_data_set_without_a_copy(tars):
+    before = {path.name: path.read_bytes() for path in tars.iterdir()}
+    written, skipped = index_tars(str(tars), important_field="main")
+    assert (written, skipped) == (11, [])
+    for name, content in before.items():
+        assert (tars / name).read_bytes() == content
+    assert sum(path.stat().st_size for path in tars.glob("*.idx")) < 1500
+    dataset = Dataset.open(str(tars))
+    assert (dataset.num_samples("train"), dataset.num_samples("validation")) == (8, 3)
+    assert dataset.vocabulary.tags[:2] == ("cat", "tag 1")  # by frequency
+    train = records(dataset, "train")
+    assert [record.sample.key for record in train] == [f"{i:03}" for i in range(8)]
+    assert train[5].sample.tags == ("cat", "tag 5")
+    assert train[5].sample.important == (True, False)
+    assert {record.sample.image for record in train} == {PICTURE}
+    assert {record.sample.image for record in records(dataset, "validation")} == {PNG}
+    assert verify(dataset, 1) == []
+
+
+def test_index_elsewhere_leads_to_the_tars_and_is_trained_on(tars, tmp_path):
+    out = tmp_path / "index"
+    index_tars(str(tars), out, important_field="main", num_processes=2)
+    assert sorted(path.suffix for path in tars.iterdir()) == [".tar"] * 3
+    dataset = Dataset.open(str(out))
+    config = Config(
+        augment=AugmentConfig(image_size=16),
+        data=DataConfig(num_workers=1, decoder="cpu"),
+        tags=TagsConfig(max_tags=4),
+        train=TrainConfig(global_batch_size=4),
+    )
+    plan = BatchPlan.derive(4, 1, 4, 1)
+    loader = Loader(dataset, "train", config, World(), plan, training=True)
+    batches = list(loader.batches(1, 2))
+    assert sorted(key for batch in batches for key in batch.keys) == [f"{i:03}" for i in range(8)]
+    assert all(batch.all_valid for batch in batches)
+
+
+def test_names_that_are_no_keys_or_occur_twice(tmp_path):
+    for number in range(2):
+        members = sample("001", tags=["a"]) | sample("träumerei 1", tags=["a"])
+        write_tar(tmp_path / f"{number}.tar", members)
+    index_tars(str(tmp_path))
+    keys = [record.sample.key for record in records(Dataset.open(str(tmp_path)), "train")]
+    assert len(set(keys)) == 4
+    assert keys[0].startswith("001-")
+    assert keys[1].startswith("tr_umerei_1-")
+
+
+def test_forms_of_annotations(tmp_path):
+    write_tar(tmp_path / "1.tar", sample("a", keywords="red; blue ;", flags=[1, 0]))
+    index_tars(
+        str(tmp_path),
+        tags_field="keywords",
+        separator=";",
+        important_field="flags",
+        important_as="flags",
+    )
+    (record,) = records(Dataset.open(str(tmp_path)), "train")
+    assert (record.sample.tags, record.sample.important) == (("red", "blue"), (True, False))
+
+
+def test_rare_tags_are_left_out_of_vocabulary_and_samples(tmp_path):
+    members = sample("a", tags=["x", "rare"]) | sample("b", tags=["x"]) | sample("c", tags=["odd"])
+    write_tar(tmp_path / "1.tar", members)
+    written, skipped = index_tars(str(tmp_path), min_count=2, max_skipped_fraction=0.5)
+    assert (written, skipped) == (2, [("1.tar/c", "has no tag of the vocabulary")])
+    dataset = Dataset.open(str(tmp_path))
+    assert dataset.vocabulary.tags == ("x",)
+    assert [record.sample.tags for record in records(dataset, "train")] == [("x",), ("x",)]
+
+
+def test_bad_samples_are_listed_and_too_many_are_an_error(tmp_path):
+    members = (
+        sample("good", tags=["x"])
+        | {"no-annotation.jpg": PICTURE}
+        | {"no-picture.json": b'{"tags": ["x"]}'}
+        | {"broken.jpg": PICTURE, "broken.json": b'{"tags": '}
+        | sample("bomb", PICTURE[:100], tags=["x"])
+        | {"code.pkl": b"cos\nsystem\n", "code.jpg": PICTURE, "code.json": b'{"tags": ["x"]}'}
+        | {"README": b"no extension"}
+        | {"../evil.jpg": PICTURE, "../evil.json": b'{"tags": ["x"]}'}
+    )
+    path = write_tar(tmp_path / "1.tar", members)
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        tar.addfile(tarfile.TarInfo("good.json"))
+    with pytest.raises(InputError, match="3 good samples, but 7 bad ones"):
+        index_tars(str(tmp_path))
+    assert not (tmp_path / "dataset.json").exists()
+    written, skipped = index_tars(str(tmp_path), max_skipped_fraction=0.9)
+    assert written == 3
+    reasons = {entry["key"]: entry["reason"] for entry in read_jsonl(tmp_path / "skipped.jsonl")}
+    assert reasons == dict(skipped)
+    assert set(reasons) == {
+        f"1.tar/{name}"
+        for name in (
+            "no-annotation", "no-picture", "broken", "bomb", "README", "link.jpg", "good"
+        )
+    }  # fmt: skip
+    keys = {record.sample.key for record in records(Dataset.open(str(tmp_path)), "train")}
+    assert keys == {"good", "code", "evil"}
+
+
+@pytest.mark.parametrize("keep", [700, 1500, 3333])
+def test_cut_off_tar_is_an_error_that_names_it(tars, keep):
+    path = tars / "web-00001.tar"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"web-00001.tar: is no whole tar"):
+        index_tars(str(tars))
+
+
+@pytest.mark.parametrize(
+    ("tars", "reason"),
+    [
+        ("{folder}/empty", "no files"),
+        ("{folder}/absent", "cannot be listed"),
+        ("{folder}/x-{{0..3}}.tar", "x-0.tar: does not exist"),
+        ("pipe:ls", "must be a folder or a URL"),
+        ("http://127.0.0.1:9/{{0..3}}.tar", "--out must say"),
+    ],
+)
+def test_what_is_no_place_of_tars_is_refused(tmp_path, tars, reason):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=reason):
+        index_tars(tars.format(folder=tmp_path))
+
+
+def test_other_data_sets_are_not_overwritten_but_an_index_is_renewed(tars, tmp_path):
+    index_tars(str(tars))
+    write_tar(tars / "web-00002.tar", sample("new", tags=["cat"]))
+    assert index_tars(str(tars)).written == 12
+    assert Dataset.open(str(tars)).num_samples("train") == 9
+    with pytest.raises(InputError, match="holds another data set"):
+        split_dataset(str(tars), tars)
+
+
+def test_split_by_keys_leads_to_the_same_tars(small_dataset_dir, tmp_path):
+    out = tmp_path / "cut anew"
+    written, _ = split_dataset(str(small_dataset_dir), out, validation_fraction=0.3)
+    before, after = Dataset.open(str(small_dataset_dir)), Dataset.open(str(out))
+    samples_before = {record.sample for split in before.splits for record in records(before, split)}
+    train = {record.sample for record in records(after, "train")}
+    validation = {record.sample for record in records(after, "validation")}
+    assert train | validation == samples_before
+    assert len(train) + len(validation) == written == 75
+    assert 10 < len(validation) < 35
+    assert verify(after, 1) == []
+    assert after.num_labelled("train") == len(train)
+
+
+def test_a_remote_data_set_may_not_lead_to_files_of_this_machine(tars, tmp_path):
+    index_tars(str(tars), tmp_path / "index")
+    content = json.loads((tmp_path / "index" / "dataset.json").read_text())
+    assert content["tars"] == str(tars)
+    content["tars"] = "pipe:cat"
+    (tmp_path / "index" / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="must be a folder or a URL"):
+        Dataset.open(str(tmp_path / "index"))
