@@ -66,11 +66,12 @@ def _parser(source_asked_for: str) -> ArgumentParser:
         sources.add_subcommand(name, source, help=summary)
 
     index = _verb_parser(description="Makes a data set of WebDataset tars; copies nothing.")
-    index.add_function_arguments(index_tars)
+    index.add_function_arguments(index_tars, as_positional=True)
     verbs.add_subcommand("index", index, help="use tars that are there already")
 
     split = _verb_parser(description="Cuts a data set anew; copies nothing.")
-    split.add_function_arguments(split_dataset)
+    split.add_argument("data_set", help="folder or URL with dataset.json")
+    split.add_function_arguments(split_dataset, skip={"data_set"})
     verbs.add_subcommand("split", split, help="choose samples to validate on")
 
     check = _verb_parser(description="Reads and decodes everything; exit code 2 on damage.")

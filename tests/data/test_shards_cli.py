@@ -95,3 +95,17 @@ def test_help_names_verbs_sources_and_options():
     assert all(source in text for source in ("demo", "table", "hf", "nus-wide"))
     text = shards("build", "demo", "--help").stdout
     assert "default: 4000" in text
+
+
+def test_index_and_split(demo, tmp_path):
+    out = tmp_path / "index"
+    options = ("--important-field=important", "--important-as", "flags", "--image-key=jpg")
+    done = shards("index", demo, "--out", out, *options)
+    assert done.returncode == 0, done.stderr
+    assert f"{out}: 15 samples; 0 skipped" in done.stdout
+    assert Dataset.open(str(out)).num_samples("validation") == 3
+    done = shards("split", out, "--out", tmp_path / "split", "--validation-fraction=0.5")
+    assert done.returncode == 0, done.stderr
+    assert "sound (15 samples)" in shards("verify", tmp_path / "split").stdout
+    done = shards("index", tmp_path / "absent")
+    assert (done.returncode, "cannot be listed" in done.stderr) == (2, True)
