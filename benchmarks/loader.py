@@ -18,10 +18,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +34,7 @@ import torch
 from PIL import Image
 
 from harness import compare_measured, parser, report
-from magneto_dist.config import AugmentConfig, Config, DataConfig, TrainConfig
+from magneto_dist.config import AugmentConfig, Config, DataConfig, Decoder, TrainConfig
 from magneto_dist.data.augment import training_augmentations
 from magneto_dist.data.decode_cpu import CpuDecoder
 from magneto_dist.data.loader import Loader
@@ -60,6 +63,7 @@ def main() -> None:
     options.add_argument("--policy", action="store_true", help="with AutoAugment")
     options.add_argument("--only", nargs="*", help="loaders whose name contains one of these")
     options.add_argument("--alone", help=argparse.SUPPRESS)  # one loader, in this process
+    options.add_argument("--url", help=argparse.SUPPRESS)
     options.add_argument("--folder", type=Path, help="keeps the photographs (default: does not)")
     given = options.parse_args()
     if given.alone:
@@ -69,7 +73,16 @@ def main() -> None:
         folder = given.folder or Path(temporary)
         if not (folder / "mds").exists():
             _make(folder, given.photos, given.items)
-        _compare(given, folder)
+        with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=folder)) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            given.url = f"http://127.0.0.1:{server.server_address[1]}"
+            _compare(given, folder)
+            server.shutdown()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
 
 
 def _compare(given: argparse.Namespace, folder: Path) -> None:
@@ -95,7 +108,7 @@ def _compare(given: argparse.Namespace, folder: Path) -> None:
 def _start(name: str, folder: Path, given: argparse.Namespace, *, watch_memory: bool) -> float:
     """Seconds a picture of a loader in a process of its own; or the peak memory of it, in MB."""
     command = [sys.executable, __file__, "--alone", name, "--folder", str(folder)]
-    for option in ("photos", "size", "batch_size", "workers"):
+    for option in ("photos", "size", "batch_size", "workers", "url"):
         command += [f"--{option}", str(getattr(given, option))]
     process = subprocess.Popen(
         command + ["--policy"] * given.policy,
@@ -124,7 +137,9 @@ def _memory(process: psutil.Process) -> int:
 
 def _run_alone(given: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    setting = Setting(given.folder, given.size, given.policy, given.batch_size, given.workers)
+    setting = Setting(
+        given.folder, given.size, given.policy, given.batch_size, given.workers, given.url
+    )
     batches = LOADERS[given.alone](setting)
     for _ in range(WARM_BATCHES):
         next(batches)
@@ -180,7 +195,7 @@ def _sample(row: tuple[str, bytes]) -> Sample:
 # Ours -------------------------------------------------------------------------------------------
 
 
-def _ours(decoder: str, setting: Setting) -> Iterator[int]:
+def _ours(decoder: Decoder, setting: Setting, *, remote: bool = False) -> Iterator[int]:
     size = setting.batch_size
     config = Config(
         augment=AugmentConfig(
@@ -189,7 +204,8 @@ def _ours(decoder: str, setting: Setting) -> Iterator[int]:
         data=DataConfig(decoder=decoder, num_workers=setting.num_workers),
         train=TrainConfig(global_batch_size=size),
     )
-    dataset = Dataset.open(str(setting.folder / "shards"))
+    root = f"{setting.url}/shards" if remote else str(setting.folder / "shards")
+    dataset = Dataset.open(root, cache_dir=str(setting.folder / "cache"))
     plan = BatchPlan.derive(size, 1, size, 1)
     loader = Loader(dataset, "train", config, World(), plan, training=True)
     for batch in loader.batches(1, loader.steps_per_epoch):
@@ -231,6 +247,7 @@ LOADERS: dict[str, Callable[[Setting], Iterator[int]]] = {
     "decoding alone": lambda setting: _decode_only(setting, augmented=False),
     "bare loop of the cpu decoder": lambda setting: _decode_only(setting, augmented=True),
     "magneto_dist, cpu": lambda setting: _ours("cpu", setting),
+    "magneto_dist, cpu, cached from HTTP": lambda setting: _ours("cpu", setting, remote=True),
     "magneto_dist, dali_cpu": lambda setting: _ours("dali_cpu", setting),
     **OTHERS,
 }

@@ -42,6 +42,8 @@ class Setting:
     batch_size: int
     num_workers: int
     """Processes, or threads of DALI, beside the consuming one."""
+    url: str
+    """Where `folder` is served."""
 
     @property
     def shards(self) -> list[str]:
