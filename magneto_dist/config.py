@@ -97,6 +97,8 @@ class DataConfig:
     """Folder for shards of remote data sets; None: ~/.cache/magneto_dist/shards."""
     cache_gb: float = 200.0
     """Most disk space for cached remote shards, in 1e9 bytes per node."""
+    read_ahead_steps: int = 64
+    """Remote data: how many steps before it is needed a shard is fetched."""
     constant_image: bool = False
     """Ablation: replace every picture by grey, to see what the tags alone can do."""
 
@@ -123,6 +125,7 @@ class DataConfig:
             "above 0",
         )
         _require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "above 0")
+        _require(self.read_ahead_steps >= 0, "data.read_ahead_steps", self.read_ahead_steps, ">= 0")
 
 
 @dataclass(frozen=True)

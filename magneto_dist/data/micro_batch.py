@@ -27,6 +27,7 @@ from magneto_dist.data.augment import (
 )
 from magneto_dist.data.decode_cpu import CpuDecoder, DecodedImages
 from magneto_dist.data.order import BatchPlan, Order, micro_batch_sample_ids
+from magneto_dist.data.read_ahead import ReadAhead
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.stream import Record, SampleReader, Stage, load_rows
 from magneto_dist.data.tags import tag_rows
@@ -91,10 +92,11 @@ class MicroBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> Batch | Encoded | InputError:
         step, micro_step = divmod(number, self.plan.micro_steps)
-        epoch, step_in_epoch = self.plan.epoch_of(step, self.order.num_samples)
-        sample_ids = micro_batch_sample_ids(
-            self.order, self.plan, epoch, step_in_epoch, self.rank, micro_step
-        )
+        epoch, sample_ids = self._sample_ids(number)
+        if self._read_ahead is not None:
+            later = number + self.config.data.read_ahead_steps * self.plan.micro_steps
+            wanted = (sample_ids, self._sample_ids(later)[1])
+            self._read_ahead.want(name for ids in wanted for name in self._reader.files(ids))
         try:
             encoded = self.encode(sample_ids, step=step, micro_step=micro_step, epoch=epoch)
         except InputError as error:
@@ -102,6 +104,14 @@ class MicroBatches(torch.utils.data.Dataset):
         if self.pictures == "none":
             return encoded.batch
         return self.decoded(encoded, self._decode) if self.pictures == "decoded" else encoded
+
+    def _sample_ids(self, number: int) -> tuple[int, Int64[np.ndarray, " batch"]]:
+        """Epoch and rows of a micro-batch."""
+        step, micro_step = divmod(number, self.plan.micro_steps)
+        epoch, step_in_epoch = self.plan.epoch_of(step, self.order.num_samples)
+        return epoch, micro_batch_sample_ids(
+            self.order, self.plan, epoch, step_in_epoch, self.rank, micro_step
+        )
 
     def encode(
         self, sample_ids: Int64[np.ndarray, " batch"], *, step: int, micro_step: int, epoch: int
@@ -219,6 +229,11 @@ class MicroBatches(torch.utils.data.Dataset):
             with_images=self.pictures != "none",
             max_indexes=2 * self.config.data.num_streams,
         )
+
+    @cached_property
+    def _read_ahead(self) -> ReadAhead | None:
+        storage = self.dataset.tar_storage
+        return ReadAhead(storage) if storage.is_remote else None
 
     @cached_property
     def _decode(self) -> Decode:

@@ -3,7 +3,7 @@
 1. A shard that is there is used, and marked as used.
 2. Else one process takes the shard's lock; the others wait for it, and find the shard there.
 3. Room is made: the shards unused for longest go.
-4. It is downloaded under a temporary name, its size is checked, and it is renamed into place.
+4. It is downloaded under a temporary name, checked, and renamed into place.
 
 Between downloads the cache is never larger than its bound; shards that arrive at the same moment
 may exceed it until the last of them is there.
@@ -45,13 +45,18 @@ class ShardCache:
         key: str,
         name: str,
         size: Callable[[], int],
-        download: Callable[[Path], object],
+        download: Callable[[Path, int], object],
     ) -> Path:
-        """The shard `name` of the data set `key`; calls `download(target)` where it is absent.
+        """The shard `name` of the data set `key`.
+
+        Args:
+            key: anything; another one has other shards.
+            name: of the file.
+            size: asks for its bytes.
+            download: writes those bytes to a file, or raises.
 
         Raises:
             InputError: it does not fit into the cache or onto the disk.
-            OSError: the download ended before its `size()` bytes were there.
         """
         shard = self.folder / hashlib.sha256(key.encode()).hexdigest()[:16] / name
         if _mark_used(shard):
@@ -66,11 +71,7 @@ class ShardCache:
             self._make_room(num_bytes, name)
             require_space(self.folder, num_bytes, f"shard {name}")
             try:
-                download(temporary)
-                if temporary.stat().st_size != num_bytes:
-                    raise OSError(
-                        f"{name}: download gave {temporary.stat().st_size} of {num_bytes} bytes"
-                    )
+                download(temporary, num_bytes)
                 sync_file(temporary)
                 temporary.rename(shard)
             finally:

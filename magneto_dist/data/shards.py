@@ -110,7 +110,7 @@ class Dataset:
             _read_vocabulary(storage, fields),
             fields.has_images,
             storage,
-            _tar_storage(storage, fields.tars),
+            _tar_storage(storage, fields),
             fields.source,
             fields.annotation,
             fields.ignores_unknown_tags,
@@ -290,17 +290,18 @@ def _read_vocabulary(storage: Storage, fields: _Fields) -> Vocabulary:
     return vocabulary
 
 
-def _tar_storage(storage: Storage, tars: str | None) -> Storage:
-    if tars is None:
-        return storage
-    is_url = "://" in tars or tars.startswith("pipe:")
-    if storage.is_remote and not is_url:
-        raise InputError(
-            f"{storage.root}/{DATASET_FILE}: says that its tars lie in {tars[:100]!r} on this"
-            " machine: a data set under a URL may only have them under a URL"
-        )
-    root = tars if is_url else str(Path(storage.root) / tars)
-    return Storage(root, storage.cache_dir, storage.cache_gb, storage.version)
+def _tar_storage(storage: Storage, fields: _Fields) -> Storage:
+    root = storage.root
+    if fields.tars is not None:
+        is_url = "://" in fields.tars or fields.tars.startswith("pipe:")
+        if storage.is_remote and not is_url:
+            raise InputError(
+                f"{root}/{DATASET_FILE}: says that its tars lie in {fields.tars[:100]!r} on this"
+                " machine: a data set under a URL may only have them under a URL"
+            )
+        root = fields.tars if is_url else str(Path(root) / fields.tars)
+    sha256 = {shard.file: shard.sha256 for shards in fields.splits.values() for shard in shards}
+    return Storage(root, storage.cache_dir, storage.cache_gb, storage.version, sha256)
 
 
 def _check_sizes(dataset: Dataset) -> None:

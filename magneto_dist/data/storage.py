@@ -3,7 +3,8 @@
 1. A name is checked: it comes from a file that somebody else may have written.
 2. In a folder, ranges of a file are read in place.
 3. Elsewhere (http, https, s3, gs, hf) a shard is downloaded whole, once a node, into a bounded
-   cache, and read there; small files are read directly.
+   cache, checked, and read there; small files are read directly.
+4. What the network spoils is asked for again, with growing pauses.
 
 Reading a range of a remote shard for every sample would cost a request each; a whole shard costs
 one for thousands of samples.
@@ -16,16 +17,19 @@ import re
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from magneto_dist.data.shard_cache import ShardCache, default_cache_dir
 from magneto_dist.errors import InputError
+from magneto_dist.files import sha256_of
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "hf")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MAX_OPEN_FILES = 64
-_ATTEMPTS = 3
+_ATTEMPTS = 8
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0  # three times as long each time: 66 s in all
 _BLOCK_BYTES = 1 << 23
 _READ_TIMEOUT_S = 60  # between two pieces of an answer; a whole shard may take longer
 
@@ -38,6 +42,7 @@ class Storage:
         cache_dir: where shards of remote data sets are kept; None: ~/.cache/magneto_dist/shards.
         cache_gb: most disk space of the cache, in 1e9 bytes, shared by all its data sets.
         version: content hash of the data set; another one never meets old cached shards.
+        sha256: of files by name, as far as known; a download that does not have it is no good.
 
     Raises:
         InputError: a root of another kind (a shell command, for instance).
@@ -49,6 +54,7 @@ class Storage:
         cache_dir: str | None = None,
         cache_gb: float = 200.0,
         version: str = "",
+        sha256: Mapping[str, str] | None = None,
     ) -> None:
         scheme, has_scheme, _ = root.partition("://")
         if root.startswith("pipe:") or (has_scheme and scheme not in REMOTE_SCHEMES):
@@ -60,11 +66,13 @@ class Storage:
         self.cache_dir = cache_dir
         self.cache_gb = cache_gb
         self.version = version
+        self.sha256 = dict(sha256 or {})
         self.is_remote = bool(has_scheme)
         self._open_nothing()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("root", "cache_dir", "cache_gb", "version")}
+        names = ("root", "cache_dir", "cache_gb", "version", "sha256")
+        return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
@@ -131,17 +139,10 @@ class Storage:
         try:
             if not self.is_remote:
                 return sorted(path.name for path in Path(self.root).iterdir())
-            filesystem = _filesystem(self.root)
-            return sorted(
-                {
-                    path.rstrip("/").rpartition("/")[2]
-                    for path in filesystem.ls(self.root, detail=False)
-                }
-            )
-        except InputError:
-            raise
-        except Exception as error:  # every client has its own
+            paths = self._retried(self.root, lambda fs, url: fs.ls(url, detail=False))
+        except OSError as error:
             raise InputError(f"{self.root}: cannot be listed: {error}") from None
+        return sorted({path.rstrip("/").rpartition("/")[2] for path in paths})
 
     def exists(self, name: str) -> bool:
         """Whether the data set has the file `name`."""
@@ -182,10 +183,17 @@ class Storage:
             key=f"{self.root}\n{self.version}",
             name=name,
             size=lambda: self.size(name),
-            download=lambda target: self._request(
-                name, lambda fs, url: fs.get_file(url, str(target))
+            download=lambda target, num_bytes: self._request(
+                name, lambda fs, url: self._download(fs, url, name, target, num_bytes)
             ),
         )
+
+    def _download(self, fs: Any, url: str, name: str, target: Path, num_bytes: int) -> None:
+        fs.get_file(url, str(target))
+        if target.stat().st_size != num_bytes:
+            raise OSError(f"download gave {target.stat().st_size} of {num_bytes} bytes")
+        if self.sha256.get(name, "") not in ("", sha256_of(target)):
+            raise OSError("its SHA-256 is not the one in dataset.json")
 
     def _local(self, name: str) -> Path:
         _check_name(name)
@@ -210,20 +218,24 @@ class Storage:
             return file
 
     def _request(self, name: str, ask: Any) -> Any:
-        """`ask(filesystem, url)`, repeated where the network fails."""
+        """`ask(filesystem, url)` about a file."""
         _check_name(name)
+        return self._retried(self.where(name), ask)
+
+    def _retried(self, url: str, ask: Any) -> Any:
+        """`ask(filesystem, url)`, repeated where the network fails."""
         if self._filesystem is None:
             self._filesystem = _filesystem(self.root)
         for attempt in range(_ATTEMPTS):
             try:
-                return ask(self._filesystem, self.where(name))
+                return ask(self._filesystem, url)
             except FileNotFoundError:
-                raise InputError(f"{self.where(name)}: does not exist") from None
+                raise InputError(f"{url}: does not exist") from None
             except Exception as error:  # every client has its own errors of the network
-                if attempt == _ATTEMPTS - 1:
+                if attempt == _ATTEMPTS - 1 or _is_refusal(error):
                     reason = f"{type(error).__name__}: {error}"
-                    raise OSError(f"{self.where(name)}: {reason}") from error
-                time.sleep(4.0**attempt / 4)
+                    raise OSError(f"{url}: {reason}") from error
+                time.sleep(min(_FIRST_PAUSE_S * 3.0**attempt, _LONGEST_PAUSE_S))
         raise AssertionError("unreachable")
 
 
@@ -257,6 +269,13 @@ class _OpenFile:
             pieces.append(piece)
             offset, size = offset + len(piece), size - len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether asking again would get the same answer."""
+    status = getattr(error, "status", None)
+    has_been_refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
+    return has_been_refused or isinstance(error, PermissionError)
 
 
 def _check_name(name: str) -> None:

@@ -92,6 +92,11 @@ class SampleReader:
                     f" ({error}); check the data set with `shards.py verify`"
                 ) from None
 
+    def files(self, sample_ids: Int64[np.ndarray, " sample"]) -> list[str]:
+        """The tars that these samples lie in."""
+        shard_of_sample = np.searchsorted(self._ends, sample_ids[sample_ids >= 0], side="right")
+        return [self._shards[k].file for k in np.unique(shard_of_sample).tolist()]
+
     def _read(self, sample_id: int, shard: Shard, row: int) -> RawSample:
         index = self._index(shard)
         annotation = index.annotation_offset.item(row), index.annotation_size.item(row)

@@ -1,0 +1,106 @@
+"""An HTTP server on loopback that serves a folder, and does to it what networks do."""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+FAULTS = ("503", "reset", "cut off", "short", "flipped", "slow")
+
+
+class FaultyServer:
+    """What is wrong with the answers to come.
+
+    A file that is asked for over and over is served at last: no fault comes three times in a row.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.faults: tuple[str, ...] = ()
+        self.probability = 0.5
+        self.random = random.Random(0)
+        self.asked: Counter[str] = Counter()
+        self.done: Counter[str] = Counter()
+        """Faults that were committed."""
+        self._in_a_row: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def next_fault(self, name: str) -> str | None:
+        with self._lock:
+            self.asked[name] += 1
+            if self._in_a_row[name] == 2 or self.random.random() >= self.probability:
+                self._in_a_row[name] = 0
+                return None
+            # What no check could find in a file without a hash is done to shards alone.
+            faults = [
+                f for f in self.faults if name.endswith(".tar") or f not in ("short", "flipped")
+            ]
+            if not faults:
+                return None
+            self._in_a_row[name] += 1
+            fault = self.random.choice(faults)
+            self.done[fault] += 1
+            return fault
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    def __init__(self, *args: object, server_state: FaultyServer, **options: object) -> None:
+        self.state = server_state
+        super().__init__(*args, **options)
+
+    def do_GET(self) -> None:
+        fault = self.state.next_fault(self.path.lstrip("/"))
+        path = Path(self.translate_path(self.path))
+        if fault is None or not path.is_file():
+            super().do_GET()
+            return
+        content = path.read_bytes()
+        if fault == "503":
+            self.send_error(503)
+        elif fault == "slow":
+            self._answer(content[:100], length=len(content))
+            time.sleep(0.3)
+            self.wfile.write(content[100:])
+        elif fault == "flipped":
+            middle = len(content) // 2
+            flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+            self._answer(flipped, length=len(content))
+        elif fault == "short":
+            self._answer(content[: len(content) // 3], length=None)
+        else:
+            self._answer(content[: len(content) // 2], length=len(content))
+            if fault == "reset":
+                reset_at_close = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset_at_close)
+
+    def _answer(self, content: bytes, length: int | None) -> None:
+        self.send_response(200)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[FaultyServer]:
+    state = FaultyServer("")
+    handler = partial(_Handler, directory=str(folder), server_state=state)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        state.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield state
+        server.shutdown()
+        thread.join()

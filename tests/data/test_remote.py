@@ -1,0 +1,150 @@
+"""Data sets behind real servers: HTTP with faults, and S3; every sample arrives once."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faulty_server import FAULTS, FaultyServer, serving
+from small_data import NUM_SAMPLES, key_of, read_jsonl
+
+from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig, TrainConfig
+from magneto_dist.data.indexing import index_tars
+from magneto_dist.data.loader import Loader
+from magneto_dist.data.order import BatchPlan
+from magneto_dist.data.shards import Dataset
+from magneto_dist.data.storage import Storage
+from magneto_dist.errors import InputError
+from magneto_dist.world import World
+from processes import TINY, run
+
+KEYS = Counter(key_of(number) for number in range(NUM_SAMPLES["train"]))
+
+
+@pytest.fixture
+def server(small_dataset_dir: Path) -> Iterator[FaultyServer]:
+    with serving(small_dataset_dir) as server:
+        yield server
+
+
+def loader(dataset: Dataset, num_workers: int, batch_size: int = 8, **data: int) -> Loader:
+    config = Config(
+        augment=AugmentConfig(image_size=16),
+        data=DataConfig(num_workers=num_workers, decoder="cpu", num_streams=2, **data),
+        tags=TagsConfig(max_tags=8),
+        train=TrainConfig(global_batch_size=batch_size),
+    )
+    plan = BatchPlan.derive(batch_size, 1, batch_size, 1)
+    return Loader(dataset, "train", config, World(), plan, training=True)
+
+
+def keys_of_an_epoch(made: Loader) -> Counter[str]:
+    batches = list(made.batches(1, made.steps_per_epoch))
+    assert [reject for batch in batches for reject in batch.rejects] == []
+    return Counter(key for batch in batches for key in batch.keys if key)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_survived(server, tmp_path, fault):
+    server.faults = (fault,)
+    dataset = Dataset.open(server.url, cache_dir=str(tmp_path))
+    assert keys_of_an_epoch(loader(dataset, num_workers=0)) == KEYS
+    assert server.done[fault] >= 2
+
+
+def test_run_over_a_bad_network_trains_on_every_sample_once(server, tmp_path):
+    server.faults = FAULTS
+    run(
+        "train_ls.py",
+        f"--data.path={server.url}",
+        f"--data.cache_dir={tmp_path / 'cache'}",
+        f"--output_dir={tmp_path / 'run'}",
+        "--data.ledger=true",
+        "--train.epochs=2",
+        *TINY,
+        "--data.num_workers=2",
+        ranks=2,
+    )
+    entries = [e for path in (tmp_path / "run/ledger").iterdir() for e in read_jsonl(path)]
+    for epoch in range(2):
+        assert Counter(e["key"] for e in entries if e["epoch"] == epoch) == KEYS
+    assert not [e for path in (tmp_path / "run/quarantine").iterdir() for e in read_jsonl(path)]
+    assert server.done.total() >= 5
+
+
+def test_shards_are_asked_for_before_they_are_needed(server, tmp_path):
+    dataset = Dataset.open(server.url, cache_dir=str(tmp_path))
+    made = loader(dataset, num_workers=0, batch_size=2, read_ahead_steps=29)
+    batches = made.batches(1, 30)
+    next(batches)
+    # A batch of two comes from two of the nine shards; the last batch needs others.
+    deadline_s = time.monotonic() + 20
+    while len(shards_asked_for(server)) < 3 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert len(shards_asked_for(server)) >= 3
+    assert Counter(key for batch in [*batches] for key in batch.keys).total() == 58
+    assert set(shards_asked_for(server).values()) == {1}
+
+
+def shards_asked_for(server: FaultyServer) -> dict[str, int]:
+    names = [name for name in server.asked if name.startswith("train") and name.endswith(".tar")]
+    return {name: server.asked[name] for name in names}
+
+
+def test_refusal_is_final_and_named(small_dataset_dir, tmp_path):
+    with serving(small_dataset_dir) as server:
+        storage = Storage(server.url, str(tmp_path))
+        with pytest.raises(InputError, match=r"absent\.tar: does not exist"):
+            storage.read("absent.tar", 0, 1)
+        assert server.asked["absent.tar"] <= 1
+
+
+def test_wrong_content_under_the_right_name_is_never_used(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("magneto_dist.data.storage._ATTEMPTS", 2)
+    storage = Storage(server.url, str(tmp_path), sha256={"train-000000.tar": "0" * 64})
+    with pytest.raises(OSError, match="SHA-256"):
+        storage.read("train-000000.tar", 0, 1)
+    assert not list(tmp_path.glob("*/*.tar"))
+
+
+@pytest.fixture(scope="module")  # clients are kept and never ask where the server is again
+def s3(small_dataset_dir) -> Iterator[str]:
+    """The small data set in a bucket of an S3 server on loopback."""
+    pytest.importorskip("s3fs", reason="needs the extra s3")
+    moto = pytest.importorskip("moto.server", reason="needs moto's S3 server")
+    import boto3
+
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        environment.setenv("AWS_ACCESS_KEY_ID", "a")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="photos")
+        for path in small_dataset_dir.iterdir():
+            client.upload_file(str(path), "photos", f"set one/{path.name}")
+        client.close()
+        yield "s3://photos/set one"
+    server.stop()
+
+
+def test_s3_gives_every_sample_once(s3, tmp_path):
+    dataset = Dataset.open(s3, cache_dir=str(tmp_path))
+    assert keys_of_an_epoch(loader(dataset, num_workers=2)) == KEYS
+    with pytest.raises(InputError, match="no data set there"):
+        Dataset.open("s3://photos/another")
+
+
+def test_index_of_tars_in_s3_is_trained_on(s3, tmp_path):
+    index_tars(
+        s3, tmp_path / "index", important_field="important", important_as="flags", num_processes=2
+    )
+    dataset = Dataset.open(str(tmp_path / "index"), cache_dir=str(tmp_path / "cache"))
+    assert dataset.num_samples("validation") == NUM_SAMPLES["validation"]
+    assert keys_of_an_epoch(loader(dataset, num_workers=0)) == KEYS
