@@ -14,6 +14,7 @@ import os
 import sys
 from importlib import import_module
 from json import dumps
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -21,7 +22,7 @@ from jsonargparse import ArgumentParser
 from magneto_dist.config_io import clear_parser_errors
 from magneto_dist.data.image_bytes import DEFAULT_MAX_MEGAPIXELS
 from magneto_dist.data.indexing import index_tars, split_dataset
-from magneto_dist.data.inspect import format_stats, stats
+from magneto_dist.data.inspect import count, format_stats, plot_stats, stats
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.verify import verify
 from magneto_dist.data.writer import WriteReport
@@ -86,6 +87,7 @@ def _parser(source_asked_for: str) -> ArgumentParser:
     describe.add_argument("data_set", help="folder or URL with dataset.json")
     describe.add_argument("--split", help="train or validation; default: both")
     describe.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    describe.add_argument("--plot", type=Path, help="also draw to this .png, .svg or .pdf")
     verbs.add_subcommand("stats", describe, help="describe a data set")
     return parser
 
@@ -108,10 +110,13 @@ def _verify(data_set: str, num_processes: int, max_megapixels: float) -> None:
     print(f"{data_set}: sound ({sum(map(dataset.num_samples, dataset.splits)):,} samples)")
 
 
-def _stats(data_set: str, split: str | None, json: bool) -> None:
+def _stats(data_set: str, split: str | None, json: bool, plot: Path | None) -> None:
     dataset = Dataset.open(data_set)
-    counted = {name: stats(dataset, name) for name in ([split] if split else dataset.splits)}
-    print(dumps(counted, indent=1) if json else "\n\n".join(map(format_stats, counted.values())))
+    counts = [count(dataset, name) for name in ([split] if split else dataset.splits)]
+    numbers = {counted.split: stats(counted) for counted in counts}
+    print(dumps(numbers, indent=1) if json else "\n\n".join(map(format_stats, numbers.values())))
+    if plot is not None:
+        plot_stats(counts, plot)
 
 
 def _builder(source: str) -> Any:

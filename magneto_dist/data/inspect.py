@@ -1,12 +1,15 @@
 """What a data set holds: counts and distributions, for people who are about to train on it.
 
-1. `stats` reads every annotation of a split, and the headers of some pictures.
-2. `format_stats` makes a table of it.
+1. `count` reads every annotation of a split, and the headers of some pictures.
+2. `stats` makes numbers of it, `format_stats` a table of these, `plot_stats` a picture.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,26 +19,39 @@ from magneto_dist.data.image_bytes import ImageHeader, image_header
 from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shard_index import ShardIndex
 from magneto_dist.data.shards import Dataset, Shard
+from magneto_dist.errors import InputError
 
 _TOP_TAGS = 20
 _MAX_PICTURES = 10_000
 _HEADER_BYTES = 65_536  # room for most EXIF blocks, which come before a JPEG's size
 
 
-def stats(dataset: Dataset, split: str) -> dict[str, Any]:
-    """Counts over one split; distributions are minimum, mean, median and maximum.
+@dataclass
+class Counts:
+    """What the samples of one split hold."""
 
-    Sizes of pictures come from at most 10,000 of them, evenly spaced.
+    dataset: Dataset
+    split: str
+    num_bad: int = 0
+    """Samples whose annotation or header cannot be read."""
+    tags_per_item: list[int] = field(default_factory=list)
+    important_per_item: list[int] = field(default_factory=list)
+    """Of labelled items."""
+    tags_of_labelled: int = 0
+    frequency: Counter[str] = field(default_factory=Counter)
+    """Items that each tag occurs in."""
+    headers: list[ImageHeader] = field(default_factory=list)
+    """Of at most 10,000 pictures, evenly spaced."""
+
+
+def count(dataset: Dataset, split: str) -> Counts:
+    """Reads every annotation of a split, and the headers of some pictures.
 
     Raises:
         InputError: no such split, or a shard cannot be read.
         OSError: the same, from the disk or network.
     """
-    tags_per_item: list[int] = []
-    important_per_item: list[int] = []
-    tags_of_labelled = num_bad = 0
-    frequency: Counter[str] = Counter()
-    headers: list[ImageHeader] = []
+    counts = Counts(dataset, split)
     spacing = max(1, -(-dataset.num_samples(split) // _MAX_PICTURES))
     with tqdm(total=dataset.num_samples(split), desc=f"reading {split}", unit="item") as bar:
         for shard in dataset.shards(split):
@@ -44,34 +60,81 @@ def stats(dataset: Dataset, split: str) -> dict[str, Any]:
                 try:
                     tags, important = dataset.annotation(_annotation(dataset, shard, index, row))
                     if dataset.has_images and bar.n % spacing == 0:
-                        headers.append(_header(dataset, shard, index, row))
+                        counts.headers.append(_header(dataset, shard, index, row))
                 except BadSample:
-                    num_bad += 1
+                    counts.num_bad += 1
                 else:
-                    tags_per_item.append(len(tags))
-                    frequency.update(tags)
+                    counts.tags_per_item.append(len(tags))
+                    counts.frequency.update(tags)
                     if important is not None:
-                        tags_of_labelled += len(tags)
-                        important_per_item.append(sum(important))
+                        counts.tags_of_labelled += len(tags)
+                        counts.important_per_item.append(sum(important))
                 bar.update()
+    return counts
+
+
+def stats(counts: Counts) -> dict[str, Any]:
+    """The counts in numbers; distributions are minimum, mean, median and maximum."""
+    dataset, split = counts.dataset, counts.split
+    num_important = sum(counts.important_per_item)
     return {
         "split": split,
         "items": dataset.num_samples(split),
         "labelled": dataset.num_labelled(split),
-        "bad": num_bad,
+        "bad": counts.num_bad,
         "shards": len(dataset.shards(split)),
         "bytes": sum(shard.num_bytes for shard in dataset.shards(split)),
         "tags_in_vocabulary": len(dataset.vocabulary),
-        "tags_used": len(frequency),
-        "tags_per_item": _distribution(tags_per_item),
-        "important_per_item": _distribution(important_per_item),
-        "important_fraction": sum(important_per_item) / max(tags_of_labelled, 1),
-        "top_tags": dict(frequency.most_common(_TOP_TAGS)),
-        "pictures_looked_at": len(headers),
-        "picture_kinds": dict(Counter(header.kind for header in headers)),
-        "picture_width": _distribution([header.upright_size[1] for header in headers]),
-        "picture_height": _distribution([header.upright_size[0] for header in headers]),
+        "tags_used": len(counts.frequency),
+        "tags_per_item": _distribution(counts.tags_per_item),
+        "important_per_item": _distribution(counts.important_per_item),
+        "important_fraction": num_important / max(counts.tags_of_labelled, 1),
+        "top_tags": dict(counts.frequency.most_common(_TOP_TAGS)),
+        "pictures_looked_at": len(counts.headers),
+        "picture_kinds": dict(Counter(header.kind for header in counts.headers)),
+        "picture_width": _distribution([header.upright_size[1] for header in counts.headers]),
+        "picture_height": _distribution([header.upright_size[0] for header in counts.headers]),
     }
+
+
+def plot_stats(all_counts: Sequence[Counts], path: Path) -> None:
+    """Draws the counts of all splits into one picture.
+
+    Args:
+        all_counts: one for each split.
+        path: .png, .svg or .pdf.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    (frequency, tags), (important, sizes) = figure.subplots(2, 2)
+    for counts in all_counts:
+        ranked = sorted(counts.frequency.values(), reverse=True)
+        frequency.loglog(range(1, len(ranked) + 1), ranked, label=counts.split)
+        for axes, values in (
+            (tags, counts.tags_per_item),
+            (important, counts.important_per_item),
+        ):
+            numbers, items = np.unique(np.array(values, dtype=np.int64), return_counts=True)
+            axes.plot(numbers, items / max(items.sum(), 1), marker=".", label=counts.split)
+            axes.set_ylim(bottom=0)
+        heights, widths = np.array([h.upright_size for h in counts.headers]).reshape(-1, 2).T
+        sizes.scatter(widths, heights, s=4, alpha=0.3, label=counts.split)
+    for axes, x, y in (
+        (frequency, "rank of the tag", "items with the tag"),
+        (tags, "tags of an item", "fraction of items"),
+        (important, "important tags of an item", "fraction of labelled items"),
+        (sizes, "width of the picture, pixels", "height, pixels"),
+    ):
+        axes.set(xlabel=x, ylabel=y)
+        axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: another format
+        raise InputError(f"plot {path}: cannot be written: {error}") from None
 
 
 def format_stats(counted: dict[str, Any]) -> str:

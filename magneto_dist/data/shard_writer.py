@@ -23,6 +23,7 @@ from magneto_dist.data.sample import (
 )
 from magneto_dist.data.shard_index import Member, index_bytes, index_name
 from magneto_dist.data.shards import Shard
+from magneto_dist.data.shrink import Shrink
 from magneto_dist.errors import InputError
 from magneto_dist.files import sha256_of, write_atomically
 from magneto_dist.vocabulary import Vocabulary
@@ -43,6 +44,7 @@ class ShardWriter(Generic[Row]):
     load: Callable[[Row], Sample]
     vocabulary: Vocabulary
     max_image_megapixels: float
+    shrink: Shrink
 
     def __call__(self, plan: ShardPlan[Row], tick: Tick) -> FinishedShard:
         """Writes the shard's files, then the note that they are whole; ticks after each row."""
@@ -94,21 +96,22 @@ class ShardWriter(Generic[Row]):
             try:
                 sample = self.load(row)
                 key = sample.key
-                yield _checked(sample, self.max_image_megapixels)
+                yield _checked(sample, self.max_image_megapixels, self.shrink)
             except BadSample as error:
                 skipped.append((error.key or key, error.reason))
             tick()
 
 
-def _checked(sample: Sample, max_megapixels: float) -> tuple[Sample, str]:
-    """The sample as it can be read back, and the kind of its picture ("" without one)."""
+def _checked(sample: Sample, max_megapixels: float, shrink: Shrink) -> tuple[Sample, str]:
+    """The sample as it will be read back, and the kind of its picture ("" without one)."""
     if not valid_key(sample.key):
         raise BadSample("key is not made of 1 to 90 letters, digits, '_' and '-'")
     tags, important = parse_annotation(annotation_bytes(sample))
     checked = replace(sample, tags=tags, important=important)
     if sample.image is None:
         return checked, ""
-    return checked, check_image_decodes(sample.image, max_megapixels).kind
+    image = shrink(sample.image, max_megapixels)
+    return replace(checked, image=image), check_image_decodes(image, max_megapixels).kind
 
 
 def _add(tar: TarWriter, sample: Sample, kind: str) -> list[Member]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,6 +32,7 @@ from magneto_dist.data.shards import (
     Shard,
     dataset_bytes,
 )
+from magneto_dist.data.shrink import NO_SHRINK, Shrink
 from magneto_dist.errors import InputError
 from magneto_dist.files import require_space, write_atomically
 from magneto_dist.vocabulary import Vocabulary
@@ -60,6 +61,7 @@ def write_dataset(
     source: dict[str, Any],
     max_skipped_fraction: float = 0.05,
     max_image_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
+    shrink: Shrink = NO_SHRINK,
     estimated_bytes: int | None = None,
 ) -> WriteReport:
     """Writes a data set to the folder `out`; after a kill the same call goes on where it was.
@@ -78,6 +80,7 @@ def write_dataset(
         max_skipped_fraction: bad rows, as a fraction of all, above which building fails; one bad
             row is always allowed.
         max_image_megapixels: larger pictures (1e6 pixels, by their header) are bad.
+        shrink: makes pictures smaller.
         estimated_bytes: of all pictures, to check the free disk space first; None: not known.
 
     Raises:
@@ -85,6 +88,8 @@ def write_dataset(
             in some samples only; something else in `out`; the disk is full.
     """
     num_rows = _check_rows(splits, samples_per_shard)
+    if shrink.shorter_side is not None:
+        source = {**source, "shrink": asdict(shrink)}
     plans = build_folder.plan_shards(splits, samples_per_shard, vocabulary)
     input_sha256 = build_folder.input_sha256(plans)
     if build_folder.is_finished(out, source, input_sha256):
@@ -99,7 +104,7 @@ def write_dataset(
         if estimated_bytes is not None:
             require_space(out, estimated_bytes * num_missing // num_rows, "the data set")
         for shard in run_tasks(
-            ShardWriter(out, load, vocabulary, max_image_megapixels),
+            ShardWriter(out, load, vocabulary, max_image_megapixels, shrink),
             missing,
             num_processes=num_processes,
             num_items=num_missing,

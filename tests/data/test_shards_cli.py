@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from magneto_dist.data.shards import Dataset
 
@@ -41,6 +42,16 @@ def test_built_data_set_is_sound_and_described(demo):
     assert table.startswith("train\n")
     assert "\nvalidation\n" in table
     assert "most frequent tags" in table
+
+
+def test_stats_as_a_picture(demo, tmp_path):
+    plot = tmp_path / "größen.png"
+    assert shards("stats", demo, "--plot", plot).returncode == 0
+    with Image.open(plot) as image:
+        assert image.width > 1000
+        assert len(image.convert("L").getcolors()) > 20  # something is drawn
+    refused = shards("stats", demo, "--plot", tmp_path / "x.txt")
+    assert (refused.returncode, "cannot be written" in refused.stderr) == (2, True)
 
 
 def test_stats_as_json(demo):

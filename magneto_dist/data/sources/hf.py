@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from magneto_dist.data.sample import BadSample, Sample
+from magneto_dist.data.shrink import NO_SHRINK, Shrink
 from magneto_dist.data.sources.columns import (
     Labels,
     check_fraction,
@@ -79,6 +80,7 @@ def build(
     columns: HfColumns = HfColumns(),
     vocabulary: Path | None = None,
     samples_per_shard: int = 2048,
+    shrink: Shrink = NO_SHRINK,
     num_processes: int = 1,
 ) -> WriteReport:
     """Writes splits of a data set of the `datasets` library to the folder `out`.
@@ -95,6 +97,7 @@ def build(
         columns: names of the columns.
         vocabulary: file with one tag a line; None: all tags by falling frequency, ties by name.
         samples_per_shard: rows per shard.
+        shrink: makes large pictures smaller.
         num_processes: that read pictures and write shards.
 
     Raises:
@@ -120,6 +123,7 @@ def build(
         PictureReader(columns.image),
         vocabulary_of(tags, vocabulary),
         samples_per_shard=samples_per_shard,
+        shrink=shrink,
         num_processes=num_processes,
         source={"builder": "hf", "path": path, "config": config},
     )

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from magneto_dist.data.sample import BadSample, Sample
+from magneto_dist.data.shrink import NO_SHRINK, Shrink
 from magneto_dist.data.writer import WriteReport, write_dataset
 from magneto_dist.errors import InputError
 from magneto_dist.vocabulary import Vocabulary
@@ -75,6 +76,7 @@ def build(
     *,
     annotations_only: bool = False,
     samples_per_shard: int = 2048,
+    shrink: Shrink = NO_SHRINK,
     num_processes: int = 1,
 ) -> WriteReport:
     """Writes NUS-WIDE to the folder `out` and prints how many images each rule leaves.
@@ -87,6 +89,7 @@ def build(
             Flickr or images in `root`.
         annotations_only: write tags and labels without pictures.
         samples_per_shard: rows per shard.
+        shrink: makes large pictures smaller.
         num_processes: that read pictures and write shards.
 
     Raises:
@@ -101,6 +104,7 @@ def build(
         PictureReader(folder),
         vocabulary,
         samples_per_shard=samples_per_shard,
+        shrink=shrink,
         num_processes=num_processes,
         source={"builder": "nus-wide", "annotations_only": annotations_only, **asdict(funnel)},
     )

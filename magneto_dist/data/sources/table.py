@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from magneto_dist.data.sample import BadSample, Sample
+from magneto_dist.data.shrink import NO_SHRINK, Shrink
 from magneto_dist.data.sources.columns import (
     VALIDATION_NAMES,
     Labels,
@@ -69,6 +70,7 @@ def build(
     validation_fraction: float = 0.1,
     vocabulary: Path | None = None,
     samples_per_shard: int = 2048,
+    shrink: Shrink = NO_SHRINK,
     num_processes: int = 1,
 ) -> WriteReport:
     """Writes the pictures that `table` names to the folder `out`.
@@ -84,6 +86,7 @@ def build(
             where `columns.split` is given.
         vocabulary: file with one tag a line; None: all tags by falling frequency, ties by name.
         samples_per_shard: rows per shard.
+        shrink: makes large pictures smaller.
         num_processes: that read pictures and write shards.
 
     Raises:
@@ -101,6 +104,7 @@ def build(
         PictureReader((images or table.parent).resolve()),
         vocabulary_of((row.tags for row in rows), vocabulary),
         samples_per_shard=samples_per_shard,
+        shrink=shrink,
         num_processes=num_processes,
         source={"builder": "table", "table": table.name},
     )
