@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser
 from magneto_dist.config_io import clear_parser_errors
 from magneto_dist.data.image_bytes import DEFAULT_MAX_MEGAPIXELS
 from magneto_dist.data.indexing import index_tars, split_dataset
-from magneto_dist.data.inspect import count, format_stats, plot_stats, stats
+from magneto_dist.data.inspect import count, format_stats, stats
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.verify import verify
 from magneto_dist.data.writer import WriteReport
@@ -116,6 +116,8 @@ def _stats(data_set: str, split: str | None, json: bool, plot: Path | None) -> N
     numbers = {counted.split: stats(counted) for counted in counts}
     print(dumps(numbers, indent=1) if json else "\n\n".join(map(format_stats, numbers.values())))
     if plot is not None:
+        from magneto_dist.report import plot_stats  # imports torch, which takes time
+
         plot_stats(counts, plot)
 
 

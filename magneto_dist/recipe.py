@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -55,8 +56,13 @@ def run_training(config: Config) -> None:
     die_with_launcher()
     stop = StopRequest()
     session = Session(config.train)
-    with _run_folder(session, config) as run:
-        _train_in_folder(config, session, stop, run)
+    try:
+        with _run_folder(session, config) as run:
+            _train_in_folder(config, session, stop, run)
+    except PreemptedError as preempted:
+        traceback.clear_frames(preempted.__traceback__)  # they hold the model
+        session.close()
+        raise
     session.close()
 
 

@@ -1,11 +1,16 @@
-"""What people look at: the table at the end of a run, pictures with their tags."""
+"""What people look at: the final table of a run, pictures with their tags, a data set in plots."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from magneto_dist.data.inspect import Counts
+from magneto_dist.errors import InputError
 from magneto_dist.evaluation import Example
 from magneto_dist.vocabulary import Vocabulary
 
@@ -113,3 +118,43 @@ def _drawable(text: str) -> str:
         c if ord(c) in characters else c.encode("unicode_escape").decode("ascii") for c in text
     )
     return drawable if len(drawable) <= _MAX_CHARACTERS else drawable[: _MAX_CHARACTERS - 1] + "…"
+
+
+def plot_stats(all_counts: Sequence[Counts], path: Path) -> None:
+    """Draws the counts of all splits into one picture.
+
+    Args:
+        all_counts: one for each split.
+        path: .png, .svg or .pdf.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    (frequency, tags), (important, sizes) = figure.subplots(2, 2)
+    for counts in all_counts:
+        ranked = sorted(counts.frequency.values(), reverse=True)
+        frequency.loglog(range(1, len(ranked) + 1), ranked, label=counts.split)
+        for axes, values in (
+            (tags, counts.tags_per_item),
+            (important, counts.important_per_item),
+        ):
+            numbers, items = np.unique(np.array(values, dtype=np.int64), return_counts=True)
+            axes.plot(numbers, items / max(items.sum(), 1), marker=".", label=counts.split)
+            axes.set_ylim(bottom=0)
+        heights, widths = np.array([h.upright_size for h in counts.headers]).reshape(-1, 2).T
+        sizes.scatter(widths, heights, s=4, alpha=0.3, label=counts.split)
+    for axes, x, y in (
+        (frequency, "rank of the tag", "items with the tag"),
+        (tags, "tags of an item", "fraction of items"),
+        (important, "important tags of an item", "fraction of labelled items"),
+        (sizes, "width of the picture, pixels", "height, pixels"),
+    ):
+        axes.set(xlabel=x, ylabel=y)
+        axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: another format
+        raise InputError(f"plot {path}: cannot be written: {error}") from None

@@ -1,15 +1,13 @@
 """What a data set holds: counts and distributions, for people who are about to train on it.
 
 1. `count` reads every annotation of a split, and the headers of some pictures.
-2. `stats` makes numbers of it, `format_stats` a table of these, `plot_stats` a picture.
+2. `stats` makes numbers of it, `format_stats` a table of these.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,6 @@ from magneto_dist.data.image_bytes import ImageHeader, image_header
 from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shard_index import ShardIndex
 from magneto_dist.data.shards import Dataset, Shard
-from magneto_dist.errors import InputError
 
 _TOP_TAGS = 20
 _MAX_PICTURES = 10_000
@@ -95,46 +92,6 @@ def stats(counts: Counts) -> dict[str, Any]:
         "picture_width": _distribution([header.upright_size[1] for header in counts.headers]),
         "picture_height": _distribution([header.upright_size[0] for header in counts.headers]),
     }
-
-
-def plot_stats(all_counts: Sequence[Counts], path: Path) -> None:
-    """Draws the counts of all splits into one picture.
-
-    Args:
-        all_counts: one for each split.
-        path: .png, .svg or .pdf.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    from matplotlib.figure import Figure  # slow to import
-
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    (frequency, tags), (important, sizes) = figure.subplots(2, 2)
-    for counts in all_counts:
-        ranked = sorted(counts.frequency.values(), reverse=True)
-        frequency.loglog(range(1, len(ranked) + 1), ranked, label=counts.split)
-        for axes, values in (
-            (tags, counts.tags_per_item),
-            (important, counts.important_per_item),
-        ):
-            numbers, items = np.unique(np.array(values, dtype=np.int64), return_counts=True)
-            axes.plot(numbers, items / max(items.sum(), 1), marker=".", label=counts.split)
-            axes.set_ylim(bottom=0)
-        heights, widths = np.array([h.upright_size for h in counts.headers]).reshape(-1, 2).T
-        sizes.scatter(widths, heights, s=4, alpha=0.3, label=counts.split)
-    for axes, x, y in (
-        (frequency, "rank of the tag", "items with the tag"),
-        (tags, "tags of an item", "fraction of items"),
-        (important, "important tags of an item", "fraction of labelled items"),
-        (sizes, "width of the picture, pixels", "height, pixels"),
-    ):
-        axes.set(xlabel=x, ylabel=y)
-        axes.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:  # ValueError: another format
-        raise InputError(f"plot {path}: cannot be written: {error}") from None
 
 
 def format_stats(counted: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -75,7 +75,8 @@ def _run_in_processes(
     start_fork_server()  # its children are deaf to the Ctrl-C that a terminal sends to them, too
     context = multiprocessing.get_context("forkserver")
     num_done, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(num_processes, context, _init_process, (work, num_done, stop))
+    shared = (work, num_done, stop, dict(os.environ))
+    pool = ProcessPoolExecutor(num_processes, context, _init_process, shared)
     try:
         pending: set[Future[Result]] = {pool.submit(_run_task, task) for task in tasks}
         while pending:
@@ -103,8 +104,12 @@ _work: Callable[[Any, Tick], Any]
 _tick: Tick
 
 
-def _init_process(work: Callable[[Any, Tick], Any], num_done: Any, stop: Any) -> None:
+def _init_process(
+    work: Callable[[Any, Tick], Any], num_done: Any, stop: Any, environment: Mapping[str, str]
+) -> None:
     global _work, _tick
+    os.environ.clear()  # the fork server's, which may be older than what the user has set since
+    os.environ.update(environment)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def tick() -> None:

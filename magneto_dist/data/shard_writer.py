@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -45,6 +48,8 @@ class ShardWriter(Generic[Row]):
     vocabulary: Vocabulary
     max_image_megapixels: float
     shrink: Shrink
+    load_threads: int
+    """That load rows ahead; 1: none."""
 
     def __call__(self, plan: ShardPlan[Row], tick: Tick) -> FinishedShard:
         """Writes the shard's files, then the note that they are whole; ticks after each row."""
@@ -91,15 +96,31 @@ class ShardWriter(Generic[Row]):
         self, plan: ShardPlan[Row], skipped: list[tuple[str, str]], tick: Tick
     ) -> Iterator[tuple[Sample, str]]:
         """The good samples of a shard and their kind of picture; bad ones go to `skipped`."""
-        for number, row in enumerate(plan.rows, start=plan.first_row):
+        for number, load in enumerate(self._loads(plan.rows), start=plan.first_row):
             key = f"{plan.split} row {number}"
             try:
-                sample = self.load(row)
+                sample = load()
                 key = sample.key
                 yield _checked(sample, self.max_image_megapixels, self.shrink)
             except BadSample as error:
                 skipped.append((error.key or key, error.reason))
             tick()
+
+    def _loads(self, rows: Sequence[Row]) -> Iterator[Callable[[], Sample]]:
+        """For each row what gives or raises the result of loading it."""
+        if self.load_threads == 1:
+            yield from (partial(self.load, row) for row in rows)
+            return
+        threads = ThreadPoolExecutor(self.load_threads)
+        try:
+            loading: deque[Future[Sample]] = deque()
+            for row in rows:
+                loading.append(threads.submit(self.load, row))
+                if len(loading) > 2 * self.load_threads:
+                    yield loading.popleft().result
+            yield from (future.result for future in loading)
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def _checked(sample: Sample, max_megapixels: float, shrink: Shrink) -> tuple[Sample, str]:

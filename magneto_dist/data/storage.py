@@ -15,23 +15,20 @@ from __future__ import annotations
 import os
 import re
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from magneto_dist.data.network import REMOTE_SCHEMES, filesystem, retried
 from magneto_dist.data.shard_cache import ShardCache, default_cache_dir
 from magneto_dist.errors import InputError
 from magneto_dist.files import sha256_of
 
-REMOTE_SCHEMES = ("http", "https", "s3", "gs", "hf")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MAX_OPEN_FILES = 64
-_ATTEMPTS = 8
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0  # three times as long each time: 66 s in all
 _BLOCK_BYTES = 1 << 23
-_READ_TIMEOUT_S = 60  # between two pieces of an answer; a whole shard may take longer
+_READ_ATTEMPTS = 3
 
 
 class Storage:
@@ -91,7 +88,7 @@ class Storage:
         """
         if not self.is_remote:
             return self._open(name).read(offset, size)
-        for _ in range(_ATTEMPTS):
+        for _ in range(_READ_ATTEMPTS):
             try:
                 # Not kept open: a deleted file would go on taking space of the cache.
                 return _OpenFile(self.local_path(name), self.where(name)).read(offset, size)
@@ -225,18 +222,8 @@ class Storage:
     def _retried(self, url: str, ask: Any) -> Any:
         """`ask(filesystem, url)`, repeated where the network fails."""
         if self._filesystem is None:
-            self._filesystem = _filesystem(self.root)
-        for attempt in range(_ATTEMPTS):
-            try:
-                return ask(self._filesystem, url)
-            except FileNotFoundError:
-                raise InputError(f"{url}: does not exist") from None
-            except Exception as error:  # every client has its own errors of the network
-                if attempt == _ATTEMPTS - 1 or _is_refusal(error):
-                    reason = f"{type(error).__name__}: {error}"
-                    raise OSError(f"{url}: {reason}") from error
-                time.sleep(min(_FIRST_PAUSE_S * 3.0**attempt, _LONGEST_PAUSE_S))
-        raise AssertionError("unreachable")
+            self._filesystem = filesystem(self.root)
+        return retried(url, lambda: ask(self._filesystem, url))
 
 
 class _OpenFile:
@@ -271,38 +258,9 @@ class _OpenFile:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether asking again would get the same answer."""
-    status = getattr(error, "status", None)
-    has_been_refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
-    return has_been_refused or isinstance(error, PermissionError)
-
-
 def _check_name(name: str) -> None:
     # Also keeps out "../x", "/etc/x", "pipe:x" and hidden files.
     if _NAME.fullmatch(name) is None:
         raise InputError(
             f"data set names the file {name!r}: only letters, digits, '.', '_' and '-' are allowed"
         )
-
-
-def _filesystem(root: str) -> Any:
-    scheme = root.partition("://")[0]
-    import fsspec  # here, because a local data set needs no network client
-
-    options: dict[str, Any] = {}
-    try:
-        if scheme in ("http", "https"):
-            import aiohttp
-
-            options["client_kwargs"] = {
-                "timeout": aiohttp.ClientTimeout(
-                    total=None, sock_connect=_READ_TIMEOUT_S, sock_read=_READ_TIMEOUT_S
-                )
-            }
-        return fsspec.filesystem(scheme, **options)
-    except ImportError as error:
-        client = {"s3": "magneto-dist[s3]", "gs": "gcsfs", "hf": "huggingface_hub"}
-        raise InputError(
-            f"{root}: {error}; install it: pip install '{client.get(scheme, 'fsspec[http]')}'"
-        ) from None

@@ -15,7 +15,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
@@ -110,7 +111,7 @@ def _start(
             num_workers=num_workers,
             multiprocessing_context="forkserver",
             prefetch_factor=prefetch,
-            worker_init_fn=init_worker,
+            worker_init_fn=partial(init_worker, dict(os.environ)),
             # Making an iterator draws a number; the global generator belongs to the model.
             generator=torch.Generator(),
         )
@@ -136,8 +137,14 @@ def _next(iterator: Iterator[Any], default: Any) -> Any:
     )
 
 
-def init_worker(_worker_id: int) -> None:
-    """Settles a loader process: one thread, deaf to the signals of the run, never an orphan."""
+def init_worker(environment: Mapping[str, str], _worker_id: int) -> None:
+    """Settles a loader process: one thread, deaf to the signals of the run, never an orphan.
+
+    Args:
+        environment: of the training process; the fork server's is as old as that is.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_OF_THE_RUN)
     threading.Thread(target=_obey_parent, daemon=True).start()

@@ -62,6 +62,7 @@ def write_dataset(
     max_skipped_fraction: float = 0.05,
     max_image_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
     shrink: Shrink = NO_SHRINK,
+    load_threads: int = 1,
     estimated_bytes: int | None = None,
 ) -> WriteReport:
     """Writes a data set to the folder `out`; after a kill the same call goes on where it was.
@@ -81,6 +82,7 @@ def write_dataset(
             row is always allowed.
         max_image_megapixels: larger pictures (1e6 pixels, by their header) are bad.
         shrink: makes pictures smaller.
+        load_threads: of each process that load rows ahead, where loading means waiting.
         estimated_bytes: of all pictures, to check the free disk space first; None: not known.
 
     Raises:
@@ -104,7 +106,7 @@ def write_dataset(
         if estimated_bytes is not None:
             require_space(out, estimated_bytes * num_missing // num_rows, "the data set")
         for shard in run_tasks(
-            ShardWriter(out, load, vocabulary, max_image_megapixels, shrink),
+            ShardWriter(out, load, vocabulary, max_image_megapixels, shrink, load_threads),
             missing,
             num_processes=num_processes,
             num_items=num_missing,

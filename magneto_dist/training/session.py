@@ -191,7 +191,12 @@ class Session:
             self._accelerator.scaler.load_state_dict(state)
 
     def close(self) -> None:
-        """Leaves the process group."""
+        """Leaves the process group, once nobody else holds the model.
+
+        A wrapped model holds the group. Kept until the interpreter ends, gloo's threads may then
+        let go of a last tensor, and abort the process.
+        """
+        self._accelerator.free_memory()
         self._accelerator.end_training()
 
 

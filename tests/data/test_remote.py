@@ -103,7 +103,7 @@ def test_refusal_is_final_and_named(small_dataset_dir, tmp_path):
 
 
 def test_wrong_content_under_the_right_name_is_never_used(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("magneto_dist.data.storage._ATTEMPTS", 2)
+    monkeypatch.setattr("magneto_dist.data.network.ATTEMPTS", 2)
     storage = Storage(server.url, str(tmp_path), sha256={"train-000000.tar": "0" * 64})
     with pytest.raises(OSError, match="SHA-256"):
         storage.read("train-000000.tar", 0, 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from faulty_server import serving
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -97,6 +98,27 @@ def test_empty_list_means_that_nothing_is_important(tmp_path: Path, images: Path
     samples = tar_samples(tmp_path / "out", "train")
     assert samples["b"].important == []
     assert samples["c"].important is None
+
+
+def test_pictures_come_from_urls_too(tmp_path: Path, images: Path) -> None:
+    for number in range(70):  # more than are fetched at once
+        (images / f"n {number}.jpg").write_bytes(picture() + bytes([number]))
+    (images / "huge.jpg").write_bytes(bytes(10_000))
+    with serving(images) as server:
+        server.faults, server.probability = ("503", "reset", "cut off", "slow"), 0.2
+        names = [*(f"{server.url}/n%20{number}.jpg?size=big" for number in range(70)), "b.jpg"]
+        bad = [f"{server.url}/dead.jpg", f"{server.url}/huge.jpg", "http://127.0.0.1:9/closed.jpg"]
+        rows = [{"file_name": name, "tags": ["sea"]} for name in (*names, *bad)]
+        path = write_table(tmp_path / "t.jsonl", rows)
+        written, skipped = table.build(tmp_path / "out", path, images, validation_fraction=0)
+    assert written == 71
+    samples = list(tar_samples(tmp_path / "out", "train").values())
+    contents = [(images / f"n {number}.jpg").read_bytes() for number in range(70)]
+    assert [sample.image for sample in samples] == [*contents, (images / "b.jpg").read_bytes()]
+    reasons = [reason for _, reason in skipped]
+    assert "dead.jpg: does not exist" in reasons[0]
+    assert "neither JPEG, PNG nor WebP" in reasons[1]
+    assert "cannot be fetched" in reasons[2]
 
 
 def test_unlabelled_table(tmp_path: Path, images: Path) -> None:

@@ -206,7 +206,7 @@ def test_shard_larger_than_the_cache_is_an_error_that_names_the_setting(server, 
 
 
 def test_short_download_never_gets_into_the_cache(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("magneto_dist.data.storage._ATTEMPTS", 2)
+    monkeypatch.setattr("magneto_dist.data.network.ATTEMPTS", 2)
     cache = tmp_path / "cache"
     storage = Storage(server.url, str(cache))
     server.cut_off_after = 1000
@@ -226,7 +226,7 @@ def test_leftovers_of_a_killed_download_are_replaced(server, tmp_path):
 
 
 def test_network_failure_is_retried_then_named(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("magneto_dist.data.storage._ATTEMPTS", 2)
+    monkeypatch.setattr("magneto_dist.data.network.ATTEMPTS", 2)
     storage = Storage(server.url, str(tmp_path / "cache"))
     server.failures_left = 1
     assert storage.read_file("dataset.json") == b"{}"

@@ -59,6 +59,20 @@ def wait_for_end(pids: set[int], within_s: float) -> set[int]:
     return left
 
 
+class Environment(Dataset):
+    """Gives a variable of the environment as characters."""
+
+    def __getitem__(self, number: int):
+        return torch.tensor(list(os.environ.get("SET_BETWEEN", "").encode()))
+
+
+def test_processes_know_what_was_set_since_the_first_ones_started(monkeypatch):
+    for value in ("one", "two"):
+        monkeypatch.setenv("SET_BETWEEN", value)
+        (item,) = run(Environment(), range(1), 1)
+        assert bytes(item.tolist()) == value.encode()
+
+
 def random_states() -> list:
     return [torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()]
 

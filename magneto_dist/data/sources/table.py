@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from magneto_dist.data.network import fetch, is_url
 from magneto_dist.data.sample import BadSample, Sample
 from magneto_dist.data.shrink import NO_SHRINK, Shrink
 from magneto_dist.data.sources.columns import (
@@ -32,6 +33,9 @@ from magneto_dist.errors import InputError
 
 Cells = dict[str, Any]
 _MAX_CELL_BYTES = 2**24
+_MAX_PICTURE_BYTES = 2**28
+_FETCH_ATTEMPTS = 3  # dead links are common, and each would hold up the others
+_FETCH_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class TableColumns:
     """Where things are in the table."""
 
     image: str = "file_name"
-    """Column of the pictures' paths."""
+    """Column of the pictures' paths or URLs (http, https, s3, gs)."""
     tags: str = "tags"
     """Column of the tags: a list (JSON lines, Parquet) or a string with separators."""
     important: str | None = "important_tags"
@@ -56,7 +60,7 @@ class TableRow(NamedTuple):
 
     key: str
     path: str
-    """As in the table."""
+    """Or URL, as in the table."""
     tags: tuple[str, ...]
     important: tuple[bool, ...] | None
 
@@ -71,6 +75,7 @@ def build(
     vocabulary: Path | None = None,
     samples_per_shard: int = 2048,
     shrink: Shrink = NO_SHRINK,
+    max_skipped_fraction: float = 0.05,
     num_processes: int = 1,
 ) -> WriteReport:
     """Writes the pictures that `table` names to the folder `out`.
@@ -87,6 +92,8 @@ def build(
         vocabulary: file with one tag a line; None: all tags by falling frequency, ties by name.
         samples_per_shard: rows per shard.
         shrink: makes large pictures smaller.
+        max_skipped_fraction: bad rows, as a fraction of all, above which it fails; raise it for
+            URLs, of which many are dead after some years.
         num_processes: that read pictures and write shards.
 
     Raises:
@@ -105,6 +112,8 @@ def build(
         vocabulary_of((row.tags for row in rows), vocabulary),
         samples_per_shard=samples_per_shard,
         shrink=shrink,
+        max_skipped_fraction=max_skipped_fraction,
+        load_threads=_FETCH_THREADS if any(is_url(row.path) for row in rows) else 1,
         num_processes=num_processes,
         source={"builder": "table", "table": table.name},
     )
@@ -127,11 +136,17 @@ class PictureReader:
     """Folder that every picture lies in; absolute, without links."""
 
     def __call__(self, row: TableRow) -> Sample:
-        """Reads the picture of a row.
+        """Reads the picture of a row, or fetches it.
 
         Raises:
             BadSample: it is not there, or not inside the folder.
         """
+        if is_url(row.path):
+            try:
+                image = fetch(row.path, _MAX_PICTURE_BYTES, _FETCH_ATTEMPTS)
+            except (OSError, InputError) as error:
+                raise BadSample(f"picture cannot be fetched: {error}", row.key) from None
+            return Sample(row.key, image, row.tags, row.important)
         try:
             path = (self.root / row.path).resolve()  # follows "..", links and absolute paths
             if not path.is_relative_to(self.root):
