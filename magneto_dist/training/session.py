@@ -48,6 +48,9 @@ class Session:
         _check_launch(config, has_gpu)
         if not has_gpu:  # DeepSpeed, imported by accelerate, would warn of what it guesses
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            # torchrun's and accelerate's default, too. Alone, torch would take all cores, and
+            # another number of threads is another order of summation: other float32 bits.
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
         handlers: list[Any] = [
             # Buffers are equal on all ranks by construction (ghost batch norm commits them).
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
