@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
-from magneto_dist.batch import Batch, Prediction
+from magneto_dist.batch import Batch, Prediction, Reject
 from magneto_dist.config import Config, LossConfig
 from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.metrics import Sums, add_sums, metric_sums, reduce_sums, summarise
@@ -106,6 +106,13 @@ def evaluate(
     items, tags = sums.pop("loss_counts").clamp(min=1)
     loss = sums.pop("loss_by_items") / items + sums.pop("loss_by_tags") / tags
     return {"loss": float(loss), **summarise(sums)}, examples
+
+
+def collecting_rejects(batches: Iterable[Batch], rejects: list[Reject]) -> Iterator[Batch]:
+    """The same batches; what could not be scored is added to `rejects`."""
+    for batch in batches:
+        rejects += batch.rejects
+        yield batch
 
 
 def _loss_sums(prediction: Prediction, batch: Batch, config: LossConfig) -> Sums:

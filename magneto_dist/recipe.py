@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from magneto_dist.batch import Reject
 from magneto_dist.config import Config
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
@@ -26,7 +27,7 @@ from magneto_dist.data.randomness import seed_for
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources.demo import ensure_demo
 from magneto_dist.errors import InputError, PreemptedError
-from magneto_dist.evaluation import evaluate_model
+from magneto_dist.evaluation import collecting_rejects, evaluate_model
 from magneto_dist.model.embedding import load_tag_embedding
 from magneto_dist.model.magneto import build_model
 from magneto_dist.report import examples_figure, final_table
@@ -227,7 +228,8 @@ class _Evaluation:
     def __call__(self, step: int) -> dict:
         config, world = self.config, self.session.world
         loader = Loader(self.dataset, "validation", config, world, self.plan, training=False)
-        batches = loader.batches(1, loader.steps_per_epoch)
+        rejects: list[Reject] = []
+        batches = collecting_rejects(loader.batches(1, loader.steps_per_epoch), rejects)
         with self.telemetry.paused():
             metrics, examples = evaluate_model(
                 self.model,
@@ -238,7 +240,7 @@ class _Evaluation:
                 num_tags=len(self.dataset.vocabulary),
                 num_examples=config.log.pictures if self.telemetry.shows_pictures else 0,
             )
-            self.telemetry.evaluation_done(step, metrics)
+            self.telemetry.evaluation_done(step, metrics, rejects)
             if examples:
                 figure = examples_figure(examples, self.dataset.vocabulary, config.train.threshold)
                 self.telemetry.show(step, figure, [e.alpha for e in examples])

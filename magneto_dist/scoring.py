@@ -10,18 +10,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from magneto_dist.batch import Batch, Reject
+from magneto_dist.batch import Reject
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError
-from magneto_dist.evaluation import evaluate_model
+from magneto_dist.evaluation import collecting_rejects, evaluate_model
 from magneto_dist.files import write_atomically
 from magneto_dist.trained_run import TrainedRun
 from magneto_dist.training.checkpoint import read_progress
@@ -82,7 +81,7 @@ def score_split(
     loader = Loader(dataset, split, config, world, plan, training=False, outliers=outliers)
     rejects: list[Reject] = []
     batches = tqdm(
-        _collecting(loader.batches(1, loader.steps_per_epoch), rejects),
+        collecting_rejects(loader.batches(1, loader.steps_per_epoch), rejects),
         total=loader.steps_per_epoch,
         unit="batch",
         dynamic_ncols=True,
@@ -149,9 +148,3 @@ def _require_same_vocabulary(run: TrainedRun, dataset: Dataset) -> None:
 
 def _tag(vocabulary: Vocabulary, line: int) -> str:
     return repr(vocabulary.tags[line]) if line < len(vocabulary) else "nothing"
-
-
-def _collecting(batches: Iterable[Batch], rejects: list[Reject]) -> Iterator[Batch]:
-    for batch in batches:
-        rejects += batch.rejects
-        yield batch

@@ -70,14 +70,17 @@ class Vocabulary:
             compress(flags, chosen)
         )
 
+    def missing(self, tags: Sequence[str]) -> list[str]:
+        """The tags that are not in the vocabulary."""
+        return [tag for tag in tags if tag not in self._id_of]
+
     def ids(self, tags: Sequence[str]) -> NDArray[np.int64]:
         """The ids of an item's tags.
 
         Raises:
             InputError: tags outside the vocabulary; says how many and names the first.
         """
-        unknown = [tag for tag in tags if tag not in self._id_of]
-        if unknown:
+        if unknown := self.missing(tags):
             raise InputError(
                 f"{len(unknown)} of {len(tags)} tags are not in the vocabulary of {len(self)} tags,"
                 f" the first is {unknown[0]!r}"

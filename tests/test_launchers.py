@@ -42,7 +42,7 @@ def table(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The validation items as pictures and a CSV; some are not as they should be."""
     folder = tmp_path_factory.mktemp("table")
     dataset = Dataset.open(str(demo_shards))
-    reader = SampleReader(dataset, "validation", with_images=True, max_indexes=2)
+    reader = SampleReader(dataset, "validation", with_images=True)
     rows = []
     for raw in reader.read(torch.arange(NUM_ITEMS).numpy()):
         assert raw.image
@@ -148,9 +148,7 @@ def test_prediction_of_shards_is_that_of_the_model(run_dir, demo_shards, tmp_pat
     run("predict.py", "--run", str(run_dir), "--input", str(demo_shards), "--out", str(out),
         "--num_workers", "0")  # fmt: skip
     items = lines(out)
-    reader = SampleReader(
-        Dataset.open(str(demo_shards)), "validation", with_images=True, max_indexes=2
-    )
+    reader = SampleReader(Dataset.open(str(demo_shards)), "validation", with_images=True)
     trained = load_run(run_dir)
     decode = CpuDecoder(trained.config.augment.image_size, 100.0)
     whole = evaluation_augmentation(trained.config.augment)

@@ -87,7 +87,7 @@ def training_augmentations(
     policy_draws = uniform(seed, epoch, sample_ids, "policy", 5)
     return [
         Augmentation(
-            crops=tuple((area, log_aspect) for area, log_aspect in crops_of_sample),
+            crops=tuple(map(tuple, crops_of_sample)),
             position=(top, left),
             centre_log_aspects=(-max_log_aspect, max_log_aspect),
             centre_fraction=1.0,

@@ -28,6 +28,7 @@ from torch.nn.functional import interpolate
 
 from magneto_dist.data.augment import Augmentation
 from magneto_dist.data.image_bytes import ImageHeader, checked_header
+from magneto_dist.data.parcels import empty
 from magneto_dist.data.sample import BadSample
 
 OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
@@ -74,13 +75,13 @@ class CpuDecoder:
         """Decodes JPEGs, PNGs and WebPs, each with its own augmentation; never raises for one."""
         size = self.image_size
         # Channels last, as pictures come and as Pillow and convolutions want them.
-        pixels = torch.zeros(len(images), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        pixels = empty(len(images), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         errors: list[str | None] = [None] * len(images)
         for row, (content, augmentation) in enumerate(zip(images, augmentations, strict=True)):
             try:
                 pixels[row] = self.decode(content, augmentation)
             except BadSample as error:
-                errors[row] = error.reason
+                pixels[row], errors[row] = 0, error.reason
         return DecodedImages(pixels, tuple(errors))
 
     def decode(self, content: bytes, augmentation: Augmentation) -> UInt8[Tensor, "3 height width"]:

@@ -18,8 +18,6 @@ from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources.table import PictureReader, TableColumns, TableRow, read_rows
 from magneto_dist.data.stream import Record, SampleReader, load_rows
 
-_MAX_INDEXES = 8  # of shards, kept in memory
-
 
 class Items(Protocol):
     """Picklable, so that loader processes can read them."""
@@ -83,9 +81,7 @@ class ShardItems:
 
     @cached_property
     def _reader(self) -> SampleReader:
-        return SampleReader(
-            self.dataset, self.split, with_images=self.with_images, max_indexes=_MAX_INDEXES
-        )
+        return SampleReader(self.dataset, self.split, with_images=self.with_images)
 
 
 def open_table(table: Path, images: Path | None, columns: TableColumns) -> TableItems:

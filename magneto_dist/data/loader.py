@@ -73,7 +73,7 @@ class Loader:
         outliers: int = 0,
         stages: Sequence[Stage] = (),
     ) -> None:
-        self._config, self._world = config, world
+        self.dataset, self._config, self._world = dataset, config, world
         self._decoder = _choose_decoder(dataset, config)
         self._micro_batches = MicroBatches(
             dataset,
@@ -104,8 +104,7 @@ class Loader:
         Starting anywhere costs nothing. Closing the iterator ends its loader processes.
 
         Raises:
-            InputError: a shard cannot be read, a tag is not in the vocabulary, or a loader process
-                was killed.
+            InputError: a shard cannot be read, or a loader process was killed.
         """
         micro_batches = self._micro_batches
         micro_steps = micro_batches.plan.micro_steps

@@ -119,7 +119,7 @@ class MicroBatches(torch.utils.data.Dataset):
         """Everything but pixels (grey ones, where pictures do not matter).
 
         Raises:
-            InputError: a shard cannot be read, or a tag is not in the vocabulary.
+            InputError: a shard cannot be read.
         """
         rows: list[Row] = load_rows(
             sample_ids,
@@ -127,6 +127,7 @@ class MicroBatches(torch.utils.data.Dataset):
             self.stages,
             needs_images=self.pictures != "none",
             needs_labels=self.config.train.objective == "important",
+            vocabulary=self.dataset.vocabulary,
         )
         sample_valid = torch.tensor([isinstance(row, Record) for row in rows])
         batch = Batch(
@@ -181,13 +182,7 @@ class MicroBatches(torch.utils.data.Dataset):
     def _tag_ids(self, row: Row) -> Int64[np.ndarray, " tag"]:
         if not isinstance(row, Record):
             return np.empty(0, dtype=np.int64)
-        try:
-            return self.dataset.vocabulary.ids(row.sample.tags)
-        except InputError as error:
-            raise InputError(
-                f"{self.dataset.root}: sample {row.sample.key} in {row.shard}: {error};"
-                " check the data set with `shards.py verify`, or build it again"
-            ) from None
+        return self.dataset.vocabulary.ids(row.sample.tags)
 
     def _augmentations(
         self, sample_ids: Int64[np.ndarray, " batch"], epoch: int
@@ -223,12 +218,7 @@ class MicroBatches(torch.utils.data.Dataset):
 
     @cached_property
     def _reader(self) -> SampleReader:
-        return SampleReader(
-            self.dataset,
-            self.split,
-            with_images=self.pictures != "none",
-            max_indexes=2 * self.config.data.num_streams,
-        )
+        return SampleReader(self.dataset, self.split, with_images=self.pictures != "none")
 
     @cached_property
     def _read_ahead(self) -> ReadAhead | None:

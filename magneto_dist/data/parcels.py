@@ -1,9 +1,10 @@
 """Items on their way from a loader process to the training process.
 
-1. `Packing`, in a loader process: what is large in an item goes to a slot of shared memory, the
-   rest into a small message, the `Parcel`.
+1. `Packing`, in a loader process: each large tensor of an item lies in a slot of shared memory, the
+   rest goes into a small message, the `Parcel`. A tensor made with `empty` lies there from the
+   start; others are copied.
 2. `Unpacking`, in the training process, puts the item together; its large tensors stay where they
-   are. When the last of them is dropped the slot is free, and used again.
+   are. When the last one that shares a slot is dropped the slot is free, and used again.
 
 torch would make new shared memory for each tensor of each item; the kernel takes a tenth of the
 time of decoding a batch of pictures to clear the pages for it. The memory has no name: nothing is
@@ -26,27 +27,38 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 _LARGE_BYTES = 1 << 18
-_ALIGNMENT = 64  # bytes: any dtype may begin there
+_START = 64  # byte of a slot where its tensor begins: any dtype may begin there
 _FREE, _IN_USE = 0, 1  # the first byte of a slot
+
+
+def empty(*size: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor of an item, as `torch.empty`; no copy is made when it is sent."""
+    num_bytes = prod(size) * dtype.itemsize
+    if _packing is None or num_bytes < _LARGE_BYTES:
+        return torch.empty(size, dtype=dtype)
+    slot = _packing.take_slot(num_bytes)
+    return slot[_START : _START + num_bytes].view(dtype).view(size)
 
 
 @dataclass(frozen=True)
 class _Place:
     """A tensor in a slot."""
 
+    slot: int
+    """Number of the slot in its loader process."""
+    memory: Tensor | None
+    """Bytes of the slot, when it is new to the training process."""
     start: int
     """Byte of the slot."""
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
 
-    @property
-    def end(self) -> int:
-        return self.start + prod(self.size) * self.dtype.itemsize
-
     def view(self, slot: Tensor) -> Tensor:
         """The tensor itself."""
-        numbers = slot[self.start : self.end].view(self.dtype)
+        # From its start to the end of the slot, as far as there are whole numbers.
+        num_bytes = (len(slot) - self.start) // self.dtype.itemsize * self.dtype.itemsize
+        numbers = slot[self.start : self.start + num_bytes].view(self.dtype)
         return numbers.as_strided(self.size, self.stride, numbers.storage_offset())
 
 
@@ -54,10 +66,8 @@ class _Place:
 class Parcel:
     """An item as it is sent."""
 
-    slot: tuple[int, int] | None
-    """Loader process and number; None: nothing is large."""
-    memory: Tensor | None
-    """Bytes of the slot, when it is new."""
+    worker: int
+    """Loader process that the slots belong to."""
     places: tuple[_Place, ...]
     """Of the large tensors."""
     rest: bytes | None
@@ -74,37 +84,69 @@ class Packing(Dataset[Parcel]):
     def __init__(self, dataset: Dataset[Any]) -> None:
         self._dataset = dataset
         self._slots: list[Tensor] = []
+        self._sent: set[int] = set()
+        """Slots that the training process knows."""
+        self._taken: dict[int, int] = {}
+        """Where the memory of a slot begins, and its number: of those taken for this item."""
 
     def __getitem__(self, token: int) -> Parcel:
-        rest, tensors = _split(self._dataset[token])
-        if is_large := len(rest) >= _LARGE_BYTES:
-            tensors.append(torch.frombuffer(bytearray(rest), dtype=torch.uint8))
-        if not tensors:
-            return Parcel(None, None, (), rest)
-        places = _places(tensors)
-        number, is_new = self._free_slot(places[-1].end)
+        global _packing
+        _packing, places = self, ()
+        try:
+            rest, tensors = _split(self._dataset[token])
+            if is_large := len(rest) >= _LARGE_BYTES:
+                tensors.append(torch.frombuffer(bytearray(rest), dtype=torch.uint8))
+            places = tuple(self._place(tensor) for tensor in tensors)
+        finally:
+            _packing = None
+            for number in set(self._taken.values()) - {place.slot for place in places}:
+                self._slots[number][0] = _FREE
+            self._taken.clear()
+        self._sent.update(place.slot for place in places)
+        worker = get_worker_info()
+        return Parcel(worker.id if worker else 0, places, None if is_large else rest)
+
+    def take_slot(self, num_bytes: int) -> Tensor:
+        """A slot that is free and large enough, from now on in use."""
+        number = self._free_slot(_START + num_bytes)
         slot = self._slots[number]
         slot[0] = _IN_USE
-        for place, tensor in zip(places, tensors, strict=True):
-            place.view(slot).copy_(tensor)
-        worker = get_worker_info()
-        return Parcel(
-            (worker.id if worker else 0, number),
-            slot if is_new else None,
-            tuple(places),
-            None if is_large else rest,
-        )
+        self._taken[slot.untyped_storage().data_ptr()] = number
+        return slot
 
-    def _free_slot(self, num_bytes: int) -> tuple[int, bool]:
-        """The number of a slot that is free and large enough, and whether it is new."""
+    def _free_slot(self, num_bytes: int) -> int:
         free = [number for number, slot in enumerate(self._slots) if slot[0] == _FREE]
         for number in free:
             if len(self._slots[number]) >= num_bytes:
-                return number, False
+                return number
         number = free[0] if free else len(self._slots)
         self._slots[number : number + 1] = [torch.zeros(num_bytes, dtype=torch.uint8)]
         self._slots[number].share_memory_()
-        return number, True
+        self._sent.discard(number)
+        return number
+
+    def _place(self, tensor: Tensor) -> _Place:
+        begin = tensor.untyped_storage().data_ptr()
+        if begin not in self._taken:
+            # The same strides, without gaps.
+            strides = torch.empty_like(tensor, device="meta").stride()
+            memory = self.take_slot(tensor.nbytes)
+            copy = memory[_START : _START + tensor.nbytes].view(tensor.dtype)
+            tensor = copy.as_strided(tensor.size(), strides, copy.storage_offset()).copy_(tensor)
+            begin = memory.untyped_storage().data_ptr()
+        number = self._taken[begin]
+        return _Place(
+            number,
+            None if number in self._sent else self._slots[number],
+            tensor.data_ptr() - begin,
+            tensor.dtype,
+            tuple(tensor.size()),
+            tensor.stride(),
+        )
+
+
+_packing: Packing | None = None
+"""What makes an item in this process now."""
 
 
 class Unpacking:
@@ -120,14 +162,15 @@ class Unpacking:
 
     def __call__(self, parcel: Parcel) -> Any:
         """The item in `parcel`."""
-        if parcel.slot is None:
-            return _Join(parcel.rest or b"", []).load()
-        if parcel.memory is not None:
-            self._slots[parcel.slot] = parcel.memory
-        slot = _freed_when_dropped(self._slots[parcel.slot])
-        large = [place.view(slot) for place in parcel.places]
+        slots = {place.slot: self._slot(parcel.worker, place) for place in parcel.places}
+        large = [place.view(slots[place.slot]) for place in parcel.places]
         rest = parcel.rest if parcel.rest is not None else large.pop().numpy().data
         return _Join(rest, [self._pinned(tensor) for tensor in large]).load()
+
+    def _slot(self, worker: int, place: _Place) -> Tensor:
+        if place.memory is not None:
+            self._slots[worker, place.slot] = place.memory
+        return _freed_when_dropped(self._slots[worker, place.slot])
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._pin else tensor
@@ -138,15 +181,6 @@ def _freed_when_dropped(slot: Tensor) -> Tensor:
     holder = slot.numpy()[:]  # the storage of a tensor made of it keeps this very object
     weakref.finalize(holder, slot.__setitem__, 0, _FREE).atexit = False
     return torch.from_numpy(holder)
-
-
-def _places(tensors: Sequence[Tensor]) -> list[_Place]:
-    places, end = [], _ALIGNMENT
-    for tensor in tensors:
-        stride = torch.empty_like(tensor, device="meta").stride()  # the same, without gaps
-        places.append(_Place(end, tensor.dtype, tuple(tensor.shape), stride))
-        end = -(-places[-1].end // _ALIGNMENT) * _ALIGNMENT
-    return places
 
 
 def _split(item: Any) -> tuple[bytes, list[Tensor]]:

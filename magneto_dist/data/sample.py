@@ -82,7 +82,7 @@ def parse_annotation(
     """
     try:
         text = content.decode("utf-8")
-        annotation = json.loads(text, parse_constant=_refuse_constant)
+        annotation = _JSON.decode(text)
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
         raise BadSample(f"annotation is not JSON in UTF-8: {error}") from None
     if not isinstance(annotation, dict):
@@ -117,6 +117,9 @@ def annotation_bytes(sample: Sample) -> bytes:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _tags(annotation: dict, field: str, separator: str | None, may_be_escaped: bool) -> list[str]:

@@ -11,7 +11,7 @@ Steps 2 to 4 are plain generators, composed in `load_rows`.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from magneto_dist.data.shard_index import ShardIndex
 from magneto_dist.data.shards import Dataset, Shard
 from magneto_dist.data.step_log import StepLog, read_entries
 from magneto_dist.errors import InputError
+from magneto_dist.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +63,22 @@ class SampleReader:
         dataset: where the shards are.
         split: which of them.
         with_images: False: read annotations only.
-        max_indexes: shard indexes kept in memory.
+        max_indexed_samples: whose places are kept in memory, at some 60 bytes each.
     """
 
     def __init__(
-        self, dataset: Dataset, split: str, *, with_images: bool, max_indexes: int
+        self,
+        dataset: Dataset,
+        split: str,
+        *,
+        with_images: bool,
+        max_indexed_samples: int = 1_000_000,
     ) -> None:
         self.dataset, self._shards = dataset, dataset.shards(split)
-        self._with_images, self._max_indexes = with_images, max_indexes
+        self._with_images, self._max_indexed_samples = with_images, max_indexed_samples
         self._ends = np.cumsum(dataset.shard_sizes(split), dtype=np.int64)
         self._indexes: OrderedDict[str, ShardIndex] = OrderedDict()
+        self._num_indexed = 0
 
     def read(self, sample_ids: Int64[np.ndarray, " sample"]) -> Iterator[RawSample]:
         """The samples in the order of their ids, which is that of their bytes on disk.
@@ -128,8 +135,9 @@ class SampleReader:
                     f" dataset.json says {shard.num_samples}; build the data set again"
                 )
             self._indexes[shard.name] = index
-            if len(self._indexes) > self._max_indexes:
-                self._indexes.popitem(last=False)
+            self._num_indexed += index.num_samples
+            while self._num_indexed > self._max_indexed_samples and len(self._indexes) > 1:
+                self._num_indexed -= self._indexes.popitem(last=False)[1].num_samples
         self._indexes.move_to_end(shard.name)
         return self._indexes[shard.name]
 
@@ -141,6 +149,7 @@ def load_rows(
     *,
     needs_images: bool,
     needs_labels: bool,
+    vocabulary: Vocabulary | None = None,
 ) -> list[Record | Reject | None]:
     """What stands in each row of a micro-batch: a record, why there is none, or padding (id -1).
 
@@ -150,6 +159,7 @@ def load_rows(
         stages: of the user, in order.
         needs_images: reject samples without a picture.
         needs_labels: reject samples that do not say which tags are important.
+        vocabulary: reject samples with a tag outside it.
 
     Raises:
         InputError: a shard cannot be read, or a stage adds records.
@@ -159,7 +169,13 @@ def load_rows(
     records = parse(raw.values(), reader.dataset.annotation, rejects)
     for stage in stages:
         records = stage(records)
-    records = usable(records, rejects, needs_images=needs_images, needs_labels=needs_labels)
+    records = usable(
+        records,
+        rejects,
+        needs_images=needs_images,
+        needs_labels=needs_labels,
+        vocabulary=vocabulary,
+    )
     rows: dict[int, Record | Reject | None] = {-1: None}
     for record in records:
         if record.sample_id not in raw or record.sample_id in rows:
@@ -195,6 +211,7 @@ def usable(
     *,
     needs_images: bool,
     needs_labels: bool,
+    vocabulary: Vocabulary | None,
 ) -> Iterator[Record]:
     """The records with everything that is needed; the others go to `rejects` by id."""
     for record in records:
@@ -206,6 +223,11 @@ def usable(
             reason = "has no tags"
         elif needs_labels and sample.important is None:
             reason = "has no 'important' labels"
+        elif vocabulary is not None and (unknown := vocabulary.missing(sample.tags)):
+            reason = (
+                f"{len(unknown)} of {len(sample.tags)} tags are not in the vocabulary, the first is"
+                f" {unknown[0]!r}"
+            )
         if reason is None:
             yield record
         else:
@@ -228,23 +250,24 @@ class Quarantine:
         self._start()
 
     @property
-    def num_keys(self) -> int:
-        """Bad samples that this rank knows of, those of other ranks included."""
-        return len(self._keys)
+    def num_keys(self) -> Counter[str]:
+        """Bad samples that this rank knows of by split, those of other ranks included."""
+        return Counter(self._split_of_key.values())
 
-    def write(self, *, epoch: int, step: int, reject: Reject) -> None:
+    def write(self, *, split: str, epoch: int, step: int, reject: Reject) -> None:
         """Adds a bad sample that was met at a global step, unless it is known."""
-        if reject.key in self._keys:
+        if reject.key in self._split_of_key:
             return
         for path in sorted(self.path.parent.glob("*.jsonl")):
             self._read_new(path)
-        if reject.key in self._keys:
+        if reject.key in self._split_of_key:
             return
-        self._keys.add(reject.key)
+        self._split_of_key[reject.key] = split
         self._log.append(
             {
                 "epoch": epoch,
                 "step": step,
+                "split": split,
                 "key": reject.key,
                 "shard": reject.shard,
                 "reason": reject.reason,
@@ -266,13 +289,13 @@ class Quarantine:
 
     def _start(self) -> None:
         # Not yet the other files: their ranks may be about to cut them back.
-        self._keys: set[str] = set()
+        self._split_of_key: dict[str, str] = {}
         self._read_bytes: dict[Path, int] = {}
         self._read_new(self.path)
 
     def _read_new(self, path: Path) -> None:
         entries, self._read_bytes[path] = read_entries(path, self._read_bytes.get(path, 0))
-        self._keys.update(entry["key"] for entry in entries)
+        self._split_of_key.update((entry["key"], entry["split"]) for entry in entries)
 
 
 class Ledger:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from magneto_dist.batch import Batch
+from magneto_dist.batch import Batch, Reject
 from magneto_dist.config import Config
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.step_log import StepLog, cut_back_all
@@ -55,7 +55,10 @@ class Telemetry:
     ) -> None:
         self._session, self._config = session, config
         self._total_steps, self._steps_per_epoch = total_steps, loader.steps_per_epoch
-        self._max_bad = max(1, int(config.data.max_bad_fraction * loader.num_samples))
+        self._max_bad = {
+            split: max(1, int(config.data.max_bad_fraction * loader.dataset.num_samples(split)))
+            for split in ("train", "validation")
+        }
         self._closing = ExitStack()
         session.from_main(lambda: _cut_back(run_dir, start.step))  # also the files of former ranks
         file = f"rank-{session.world.rank:05d}.jsonl"
@@ -134,8 +137,14 @@ class Telemetry:
         """Whether `show` has somewhere to show them."""
         return self._board is not None
 
-    def evaluation_done(self, step: int, metrics: dict) -> None:
-        """Records nested validation metrics, the same on all ranks."""
+    def evaluation_done(self, step: int, metrics: dict, rejects: Sequence[Reject]) -> None:
+        """Records nested validation metrics, the same on all ranks, and this rank's bad samples.
+
+        Raises:
+            InputError: more bad samples than `data.max_bad_fraction` allows.
+        """
+        epoch = (step - 1) // self._steps_per_epoch
+        self._record_rejects("validation", rejects, epoch, step)
         if self._metrics is not None:
             self._write(step, "validation", flatten(metrics))
 
@@ -158,17 +167,21 @@ class Telemetry:
 
     def _record_samples(self, micro_batches: Sequence[Batch]) -> None:
         for batch in micro_batches:
-            for reject in batch.rejects:
-                self._quarantine.write(epoch=batch.epoch, step=batch.step, reject=reject)
+            self._record_rejects("train", batch.rejects, batch.epoch, batch.step)
             if self._ledger is not None:
                 valid = batch.sample_valid.tolist()
                 keys = [key for key, is_valid in zip(batch.keys, valid, strict=True) if is_valid]
                 self._ledger.write(epoch=batch.epoch, step=batch.step, keys=keys)
-        if self._quarantine.num_keys > self._max_bad:
+
+    def _record_rejects(self, split: str, rejects: Sequence[Reject], epoch: int, step: int) -> None:
+        for reject in rejects:
+            self._quarantine.write(split=split, epoch=epoch, step=step, reject=reject)
+        if rejects and (num_bad := self._quarantine.num_keys[split]) > self._max_bad[split]:
             raise InputError(
-                f"{self._quarantine.num_keys} bad samples on this rank, more than"
-                f" --data.max_bad_fraction {self._config.data.max_bad_fraction} allows: look at"
-                f" {self._quarantine.path}"
+                f"{num_bad} bad samples of {split!r} on this rank, more than"
+                f" --data.max_bad_fraction {self._config.data.max_bad_fraction} allows; the last is"
+                f" {rejects[-1].key} in {rejects[-1].shard}: {rejects[-1].reason}; all are in"
+                f" {self._quarantine.path.parent}"
             )
 
     def _log_step(self, progress: Progress, result: StepResult, lr: float) -> None:

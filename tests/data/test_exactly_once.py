@@ -171,7 +171,7 @@ def keep(
     for _ in range(micro_steps):
         batch = next(batches)
         for reject in batch.rejects:
-            quarantine.write(epoch=batch.epoch, step=batch.step, reject=reject)
+            quarantine.write(split="train", epoch=batch.epoch, step=batch.step, reject=reject)
         valid = batch.sample_valid.tolist()
         keys = [key for key, is_valid in zip(batch.keys, valid, strict=True) if is_valid]
         ledger.write(epoch=batch.epoch, step=batch.step, keys=keys)

@@ -58,7 +58,7 @@ def tars(tmp_path) -> Path:
 
 
 def records(dataset: Dataset, split: str) -> list[Record]:
-    reader = SampleReader(dataset, split, with_images=True, max_indexes=2)
+    reader = SampleReader(dataset, split, with_images=True)
     rows = load_rows(
         np.arange(dataset.num_samples(split)), reader, needs_images=False, needs_labels=False
     )

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from magneto_dist.data.parcels import Packing, Unpacking
+from magneto_dist.config import AugmentConfig, Config, TagsConfig
+from magneto_dist.data.micro_batch import MicroBatches
+from magneto_dist.data.order import BatchPlan
+from magneto_dist.data.parcels import Packing, Unpacking, empty
 from magneto_dist.data.workers import run_loader
 
 PIXELS = 300_000  # above what counts as large
@@ -28,6 +31,18 @@ class Items(Dataset[Item]):
     def __getitem__(self, token: int) -> Item:
         pixels = torch.full((PIXELS + 1000 * (token % 3),), token % 256, dtype=torch.uint8)
         return Item(pixels, torch.arange(token), (b"%d" % token,), f"item {token}")
+
+
+class InPlace(Dataset[Item]):
+    """As Items, but the pixels are made where they are sent from; some are made and not sent."""
+
+    def __getitem__(self, token: int) -> Item:
+        empty(PIXELS, dtype=torch.uint8)
+        if token == 7:
+            raise KeyError("a bug")
+        pixels = empty(PIXELS // 100, 50, 2, dtype=torch.uint8).permute(2, 0, 1).fill_(token)
+        other = empty(2, PIXELS, dtype=torch.float64)[1].fill_(token / 2)
+        return Item(pixels, other, (), f"item {token}")
 
 
 class Given(Dataset[object]):
@@ -83,6 +98,35 @@ def test_slot_is_used_again_when_the_last_tensor_of_it_is_dropped():
         assert unpack(packing[token]).pixels.unique().tolist() == [token]
     assert len(packing._slots) == 4
     assert [item.pixels.unique().tolist() for item in kept] == [[1], [2]]
+
+
+def test_tensor_that_lies_in_a_slot_is_not_copied():
+    packing, unpack = Packing(InPlace()), Unpacking(pin=False)
+    for token in range(20):
+        if token == 7:
+            with pytest.raises(KeyError):
+                packing[token]
+            continue
+        parcel = packing[token]
+        item = unpack(parcel)
+        assert item.pixels.unique().tolist() == [token]
+        assert item.pixels.shape == (2, PIXELS // 100, 50)
+        assert item.numbers.unique().tolist() == [token / 2]
+        assert len(packing._slots) == 3, "what was not sent is free again"
+        assert (parcel.places[0].memory is None) == (token > 0)
+        del item
+    assert empty(PIXELS, dtype=torch.uint8).untyped_storage().nbytes() == PIXELS
+
+
+def test_pixels_are_decoded_into_the_memory_that_is_sent(small_dataset):
+    config = Config(augment=AugmentConfig(image_size=224), tags=TagsConfig(max_tags=8))
+    plan = BatchPlan.derive(4, 1, 4, 1)
+    made = MicroBatches(small_dataset, "train", config, 0, plan, training=True, pictures="decoded")
+    packing = Packing(made)
+    (place,) = packing[1].places
+    assert place.start == 64, "where `empty` puts it; a copy would need another slot"
+    assert len(packing._slots) == 1
+    assert torch.equal(place.view(packing._slots[0]), made[1].pixels)
 
 
 def test_slot_grows():

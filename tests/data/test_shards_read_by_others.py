@@ -125,7 +125,7 @@ def test_index_is_the_one_that_dali_would_make(folder, tmp_path):
 def test_our_own_reader(folder):
     from magneto_dist.data.stream import SampleReader
 
-    reader = SampleReader(Dataset.open(str(folder)), "train", with_images=True, max_indexes=1)
+    reader = SampleReader(Dataset.open(str(folder)), "train", with_images=True)
     for raw, expected in zip(reader.read(np.arange(20)), SAMPLES, strict=True):
         assert raw.image
         assert_same(raw.key, raw.image, json.loads(raw.annotation), expected)

@@ -13,8 +13,8 @@ from magneto_dist.data.stream import Ledger, Quarantine, Record, SampleReader, l
 from magneto_dist.errors import InputError
 
 
-def reader(dataset: Dataset, *, with_images: bool = True, max_indexes: int = 4) -> SampleReader:
-    return SampleReader(dataset, "train", with_images=with_images, max_indexes=max_indexes)
+def reader(dataset: Dataset, *, with_images: bool = True, **limit: int) -> SampleReader:
+    return SampleReader(dataset, "train", with_images=with_images, **limit)
 
 
 def load(dataset: Dataset, ids: list[int], *stages, images: bool = True, labels: bool = True):
@@ -31,10 +31,12 @@ def unlabelled(content: bytes) -> bytes:
     return content.replace(b'"important"', b'"imp0rtant"')
 
 
-@pytest.mark.parametrize("max_indexes", [1, 100])
-def test_every_sample_is_read_as_it_was_written(small_dataset, max_indexes):
+@pytest.mark.parametrize("most", [1, 20, 100])
+def test_every_sample_is_read_as_it_was_written(small_dataset, most):
     ids = np.random.default_rng(0).permutation(NUM_SAMPLES["train"])
-    raw = list(reader(small_dataset, max_indexes=max_indexes).read(ids))
+    made = reader(small_dataset, max_indexed_samples=most)
+    raw = list(made.read(ids))
+    assert sum(index.num_samples for index in made._indexes.values()) <= max(most, 7)
     assert [sample.sample_id for sample in raw] == list(range(NUM_SAMPLES["train"]))
     for sample in raw:
         written = make_sample(("train", sample.sample_id))
@@ -123,7 +125,9 @@ def test_a_shard_that_vanishes_or_shrinks_is_one_clear_line_with_its_name(damage
 
 
 def write(quarantine: Quarantine, step: int, key: str) -> None:
-    quarantine.write(epoch=0, step=step, reject=Reject(key, "train-000000.tar", "broken"))
+    quarantine.write(
+        split="train", epoch=0, step=step, reject=Reject(key, "train-000000.tar", "broken")
+    )
 
 
 def keys_in(*quarantines: Quarantine) -> list[str]:
@@ -139,17 +143,18 @@ def test_a_bad_sample_is_quarantined_once_a_run_also_after_a_restart(tmp_path):
     assert read_jsonl(path)[0] == {
         "epoch": 0,
         "step": 1,
+        "split": "train",
         "key": "a",
         "shard": "train-000000.tar",
         "reason": "broken",
     }
-    assert (keys_in(quarantine), quarantine.num_keys) == (["a", "b", "c"], 3)
+    assert (keys_in(quarantine), quarantine.num_keys.total()) == (["a", "b", "c"], 3)
     quarantine.close()
 
     quarantine = Quarantine(path)
-    assert quarantine.num_keys == 3
+    assert quarantine.num_keys == {"train": 3}
     quarantine.cut_back(4)
-    assert (keys_in(quarantine), quarantine.num_keys) == (["a", "b"], 2)
+    assert (keys_in(quarantine), quarantine.num_keys.total()) == (["a", "b"], 2)
     for key in ("b", "c", "d"):
         write(quarantine, 5, key)
     assert keys_in(quarantine) == ["a", "b", "c", "d"]
@@ -166,7 +171,7 @@ def test_a_bad_sample_is_quarantined_once_over_all_ranks(tmp_path):
     write(ranks[1], 4, "c")
     write(ranks[1], 4, "a")
     assert sorted(keys_in(*ranks)) == ["a", "b", "c"]
-    assert max(quarantine.num_keys for quarantine in ranks) == 3
+    assert max(quarantine.num_keys.total() for quarantine in ranks) == 3
     for quarantine in ranks:
         quarantine.close()
 

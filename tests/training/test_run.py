@@ -162,3 +162,34 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert named in errors[0]
     assert "Traceback" not in output
     assert summary(undisturbed) == before
+
+
+def test_bad_validation_samples_are_quarantined_and_too_many_stop_the_run(
+    demo_shards: Path, tmp_path: Path
+) -> None:
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(demo_shards, data)
+    keys = [damage_picture(data, "validation-000000", row) for row in (3, 8)]
+    allowed = ["--data.max_bad_fraction=0.1", "--max_steps=12"]  # two evaluations
+    run("train_ls.py", *options(data, run_dir, *allowed))
+    lines = (run_dir / "quarantine" / "rank-00000.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    assert [(e["key"], e["split"], e["step"]) for e in entries] == [
+        (key, "validation", 6) for key in keys
+    ]
+    assert summary(run_dir)["validation"]["items"] == 20
+
+    process = launch("train_ls.py", *options(data, tmp_path / "refused"))
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "2 bad samples of 'validation'" in output
+    assert keys[1] in output
+
+
+def damage_picture(data: Path, shard: str, row: int) -> str:
+    """Writes over the head of a picture; returns the key of its sample."""
+    words = (data / f"{shard}.idx").read_text().splitlines()[row + 1].split()
+    with (data / f"{shard}.tar").open("r+b") as file:
+        file.seek(int(words[1]))
+        file.write(b"no picture")
+    return words[-1].removesuffix(".json")
