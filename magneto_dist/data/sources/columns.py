@@ -120,18 +120,20 @@ def unique_keys(paths: Sequence[str]) -> list[str]:
     The stem of the file name where that is a valid key and no other picture has it; else with a
     hash of the whole path. A path's second row gets "-2", and so on.
     """
-    stems = [re.sub(r"[^A-Za-z0-9_-]", "_", _stem(path))[:_MAX_STEM] for path in paths]
+    stems = [re.sub(r"[^A-Za-z0-9_-]", "_", _stem(path))[:_MAX_STEM] or "_" for path in paths]
     pictures_with_stem = Counter(stem for stem, _ in set(zip(stems, paths, strict=True)))
-    seen: Counter[str] = Counter()
-    keys = []
+    next_number: dict[str, int] = {}
+    keys: dict[str, None] = {}
     for stem, path in zip(stems, paths, strict=True):
         key = stem
         if stem != _stem(path) or pictures_with_stem[stem] > 1:
             digest = hashlib.blake2b(path.encode("utf-8", "surrogatepass"), digest_size=5)
             key = f"{stem}-{digest.hexdigest()}"
-        seen[key] += 1
-        keys.append(key if seen[key] == 1 else f"{key}-{seen[key]}")
-    return keys
+        unique, number = key, next_number.get(key, 2)
+        while unique in keys:
+            unique, number = f"{key}-{number}", number + 1
+        keys[unique], next_number[key] = None, number
+    return list(keys)
 
 
 def _stem(path: str) -> str:
