@@ -37,6 +37,7 @@ from magneto_dist.training.checkpoint import (
     load_weights,
     read_progress,
     save_checkpoint,
+    set_aside_later,
 )
 from magneto_dist.training.loop import Job, train
 from magneto_dist.training.optim import Schedule, build_optimizer
@@ -78,7 +79,7 @@ def _run_folder(session: Session, config: Config) -> Iterator[RunFolder | None]:
     except BaseException as error:
         if run is not None:
             state = "preempted" if isinstance(error, PreemptedError) else "failed"
-            run.write_status(state, _newest_step(run.path), str(error) or type(error).__name__)
+            run.write_failure(state, _newest_step(run.path), str(error) or type(error).__name__)
         raise
     finally:
         if run is not None:
@@ -109,18 +110,21 @@ def _train_in_folder(
     total_steps = _total_steps(config, loader)
     if checkpoint and start.step >= total_steps and start.evaluated:
         if run is not None:
+            if not run.has_summary_of(start.step):  # killed just before it was written
+                _finish(run, start, session, loader)
             run.write_status("done", start.step)
             print(f"{config.output_dir} is finished: {start.step} of {total_steps} steps are done")
         return
     if run is not None:
+        set_aside_later(run.path, start.step)
         run.write_settings(config, dataset.vocabulary)
         run.write_status("running", start.step)
     torch.manual_seed(seed_for(config.seed, "initial weights"))
-    model = _build(config, dataset)
+    model = _build(config, dataset, has_weights=checkpoint is not None)
     if checkpoint:
         load_weights(checkpoint, model)
     elif config.init_from:
-        initialise_from(model, Path(config.init_from), config)
+        initialise_from(model, Path(config.init_from), config, dataset.vocabulary)
     schedule = Schedule(config.optim, total_steps)
     wrapped, optimizer = session.prepare(
         model, build_optimizer(model, config.optim), plan, config.optim.clip_norm
@@ -154,11 +158,7 @@ def _train_in_folder(
         )
         end = train(job, start)
     if run is not None:
-        summary = _summary(end, session, loader)
-        run.write_summary(summary)
-        run.write_status("done", end.step)
-        print(final_table(end.validation))
-        print(f"run folder: {run.path}   ({summary['images_per_second']:.0f} images/s)")
+        _finish(run, end, session, loader)
 
 
 def _open_data(config: Config) -> Dataset:
@@ -198,11 +198,14 @@ def _total_steps(config: Config, loader: Loader) -> int:
     return min(steps, config.max_steps or steps)
 
 
-def _build(config: Config, dataset: Dataset) -> nn.Module:
+def _build(config: Config, dataset: Dataset, has_weights: bool) -> nn.Module:
     supervised = config.train.objective == "important"
-    model = build_model(config.model, len(dataset.vocabulary), gate=supervised)
-    if config.model.tag_embedding_init:
-        path = Path(config.model.tag_embedding_init)
+    settings = config.model
+    if has_weights:  # a checkpoint's; files that the run began with may be gone
+        settings = replace(settings, backbone_weights="none", tag_embedding_init=None)
+    model = build_model(settings, len(dataset.vocabulary), gate=supervised)
+    if settings.tag_embedding_init:
+        path = Path(settings.tag_embedding_init)
         coverage = load_tag_embedding(model, dataset.vocabulary, path)
         print(f"{path}: vectors for {coverage:.1%} of {len(dataset.vocabulary)} tags")
     if config.train.channels_last:
@@ -268,6 +271,14 @@ class _Save:
             )
             if self.run is not None:
                 self.run.write_status("running", progress.step)
+
+
+def _finish(run: RunFolder, end: Progress, session: Session, loader: Loader) -> None:
+    summary = _summary(end, session, loader)
+    run.write_summary(summary)
+    run.write_status("done", end.step)
+    print(final_table(end.validation))
+    print(f"run folder: {run.path}   ({summary['images_per_second']:.0f} images/s)")
 
 
 def _summary(end: Progress, session: Session, loader: Loader) -> dict[str, Any]:

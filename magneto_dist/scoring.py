@@ -25,7 +25,6 @@ from magneto_dist.files import write_atomically
 from magneto_dist.trained_run import TrainedRun
 from magneto_dist.training.checkpoint import read_progress
 from magneto_dist.training.session import Session
-from magneto_dist.vocabulary import Vocabulary
 
 
 def require_scorable(run: TrainedRun, dataset: Dataset, split: str, outliers: int = 0) -> None:
@@ -131,20 +130,10 @@ def write_scores(path: Path, scores: dict[str, Any]) -> None:
 
 
 def _require_same_vocabulary(run: TrainedRun, dataset: Dataset) -> None:
-    theirs, ours = dataset.vocabulary, run.vocabulary
-    if theirs.sha256 == ours.sha256:
-        return
-    line = next(
-        (i for i, pair in enumerate(zip(theirs.tags, ours.tags, strict=False)) if len({*pair}) > 1),
-        min(len(theirs), len(ours)),
-    )
-    raise InputError(
-        f"{dataset.root}: its vocabulary of {len(theirs)} tags is not the run's of {len(ours)}; the"
-        f" first difference is line {line} (from 0): {_tag(theirs, line)} there,"
-        f" {_tag(ours, line)} in {run.checkpoint.parent.parent}; build the data set with the run's"
-        " vocabulary.txt"
-    )
-
-
-def _tag(vocabulary: Vocabulary, line: int) -> str:
-    return repr(vocabulary.tags[line]) if line < len(vocabulary) else "nothing"
+    difference = dataset.vocabulary.difference_from(run.vocabulary)
+    if difference is not None:
+        raise InputError(
+            f"{dataset.root}: its vocabulary is not that of the run"
+            f" {run.checkpoint.parent.parent}: {difference}; build the data set with the run's"
+            " vocabulary.txt"
+        )

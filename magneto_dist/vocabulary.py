@@ -70,6 +70,21 @@ class Vocabulary:
             compress(flags, chosen)
         )
 
+    def difference_from(self, other: Vocabulary) -> str | None:
+        """Where another vocabulary first differs, in words; None: nowhere."""
+        if self.tags == other.tags:
+            return None
+        shorter = min(len(self), len(other))
+        line = next((n for n in range(shorter) if self.tags[n] != other.tags[n]), shorter)
+        here, there = (
+            repr(vocabulary.tags[line]) if line < len(vocabulary) else "nothing"
+            for vocabulary in (self, other)
+        )
+        return (
+            f"{len(self)} tags, not {len(other)}; the first difference is line {line} (from 0):"
+            f" {here}, not {there}"
+        )
+
     def missing(self, tags: Sequence[str]) -> list[str]:
         """The tags that are not in the vocabulary."""
         return [tag for tag in tags if tag not in self._id_of]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -32,9 +33,16 @@ TINY = [
 
 
 def launch(
-    launcher: str, *options: str, ranks: int = 0, through: Sequence[str] = ()
+    launcher: str,
+    *options: str,
+    ranks: int = 0,
+    through: Sequence[str] = (),
+    largest_file_bytes: int | None = None,
 ) -> subprocess.Popen[str]:
-    """Starts a launcher as a process of its own; `ranks` > 0: that many under torchrun."""
+    """Starts a launcher as a process of its own; `ranks` > 0: that many under torchrun.
+
+    Files that would grow over `largest_file_bytes` meet an error, as on a full disk.
+    """
     command = [*through] or [sys.executable]
     if ranks:
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
@@ -45,6 +53,8 @@ def launch(
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=largest_file_bytes
+        and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file_bytes,) * 2)),
     )
 
 

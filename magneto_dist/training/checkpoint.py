@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from magneto_dist.files import require_space, sha256_of, sync_file, sync_folder,
 from magneto_dist.training.session import Session
 
 _MARKER = "COMPLETE"
-_DEEPSPEED = "deepspeed"
+DEEPSPEED = "deepspeed"
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,37 @@ def save_checkpoint(
     """Writes the checkpoint of `progress.step` and drops the ones no longer kept; all ranks call.
 
     Raises:
-        InputError: the disk is too full; nothing is left half-written.
+        InputError: the disk is too full, or fails; nothing is left half-written.
     """
     final = folder_of(run_dir, progress.step)
     temporary = final.with_name(f".{final.name}.tmp")
     state = session.full_state(model)  # a collective in ZeRO-3: before anything rank-dependent
-    session.from_main(lambda: _start_folder(temporary, state))
+    session.from_main(_removing_what_failed(temporary, lambda: _start_folder(temporary, state)))
     if session.is_deepspeed:
-        model.save_checkpoint(str(temporary), tag=_DEEPSPEED)  # type: ignore[operator]
+        model.save_checkpoint(str(temporary), tag=DEEPSPEED)  # type: ignore[operator]
     session.barrier()
     session.from_main(
-        lambda: _finish(temporary, final, session, state, optimizer, progress, config)
+        _removing_what_failed(
+            temporary,
+            lambda: _finish(temporary, final, session, state, optimizer, progress, config),
+        )
     )
+
+
+def set_aside_later(run_dir: Path, step: int) -> None:
+    """Clears the way for a run that goes on from `step`: later checkpoints get another name.
+
+    They are damaged, or belong to a future that the user has left by resuming before it; kept under
+    their names they would be taken for this run's. What a kill left half-written is removed.
+    """
+    for folder in sorted((run_dir / "checkpoints").glob("step-*")):
+        if folder.name > folder_of(run_dir, step).name:
+            aside = folder.with_name(f"aside-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            print(f"checkpoint {folder} is set aside as {aside.name}", file=sys.stderr, flush=True)
+    for half_written in (run_dir / "checkpoints").glob(".step-*.tmp"):
+        shutil.rmtree(half_written)
 
 
 def newest_complete(run_dir: Path) -> Path | None:
@@ -183,6 +203,11 @@ def load_optimizer(session: Session, folder: Path, model: nn.Module, optimizer: 
         InputError: DeepSpeed state of another number of ranks or another kind of training.
     """
     progress = read_progress(folder)
+    # Those of this run: what was saved may be older than a changed setting.
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
     same_ranks = progress.num_ranks == session.world.num_ranks
     if progress.deepspeed != session.is_deepspeed or (progress.deepspeed and not same_ranks):
         kind = "DeepSpeed" if progress.deepspeed else "no DeepSpeed"
@@ -192,12 +217,29 @@ def load_optimizer(session: Session, folder: Path, model: nn.Module, optimizer: 
             " weights with --init_from"
         )
     if session.is_deepspeed:
-        model.load_checkpoint(str(folder), tag=_DEEPSPEED)  # type: ignore[operator]
+        model.load_checkpoint(str(folder), tag=DEEPSPEED)  # type: ignore[operator]
     else:
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state)  # moves it to where the weights are
+    for group, before in zip(optimizer.param_groups, settings, strict=True):
+        group.update(before)
     session.load_scaler_state(progress.scaler)
     return progress
+
+
+def _removing_what_failed(temporary: Path, write: Callable[[], None]) -> Callable[[], None]:
+    def attempt() -> None:
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"{temporary.parent}: a checkpoint cannot be written ({reason}); make room there,"
+                " then start the same command again: the run goes on from the one before"
+            ) from None
+
+    return attempt
 
 
 def _start_folder(temporary: Path, state: dict[str, Tensor]) -> None:
@@ -218,7 +260,10 @@ def _finish(
 ) -> None:
     save_file(state, temporary / "model.safetensors")
     if not session.is_deepspeed:
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        try:
+            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        except RuntimeError as error:  # what torch makes of an OSError
+            raise OSError(str(error)) from None
     progress = replace(progress, scaler=session.scaler_state())
     (temporary / "progress.json").write_text(json.dumps(asdict(progress), indent=2))
     (temporary / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")

@@ -165,7 +165,7 @@ def _evaluation_is_due(job: Job, step: int) -> bool:
     if step == 0:
         return False
     every_steps = job.config.train.eval_every_epochs * job.loader.steps_per_epoch
-    return step % every_steps == 0 or step == job.total_steps
+    return step % every_steps == 0 or step >= job.total_steps
 
 
 def _evaluate_and_save(job: Job, progress: Progress) -> Progress:

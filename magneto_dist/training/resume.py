@@ -16,12 +16,14 @@ from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError
 from magneto_dist.model.magneto import PRETRAINED_PARTS
 from magneto_dist.training.checkpoint import (
+    DEEPSPEED,
     best_or_newest,
     find_damage,
     load_state,
     newest_complete,
     read_progress,
 )
+from magneto_dist.vocabulary import Vocabulary
 
 _FIXED_SECTIONS = ("model", "tags", "augment", "loss")
 _FIXED_TRAIN_SETTINGS = ("global_batch_size", "objective", "param_dtype")
@@ -49,6 +51,12 @@ def checkpoint_to_resume(config: Config, dataset: Dataset) -> Path | None:
         damage = find_damage(checkpoint)
         if damage:
             raise InputError(f"--resume {checkpoint}: {damage}")
+        is_ours = checkpoint.resolve().is_relative_to(run_dir.resolve())
+        if (checkpoint / DEEPSPEED).exists() and not is_ours:
+            raise InputError(
+                f"--resume {checkpoint}: DeepSpeed keeps its state in pickles, which are read from"
+                " the run's own folder alone; take the weights with --init_from"
+            )
     if checkpoint:
         _check_same_run(config, dataset, checkpoint)
     return checkpoint
@@ -88,18 +96,28 @@ def fingerprint(dataset: Dataset) -> str:
     return hashlib.sha256(repr((dataset.vocabulary.sha256, shards)).encode()).hexdigest()
 
 
-def initialise_from(model: nn.Module, run_dir: Path, config: Config) -> None:
+def initialise_from(
+    model: nn.Module, run_dir: Path, config: Config, vocabulary: Vocabulary
+) -> None:
     """Copies weights of another run (`--init_from`) into a fresh model.
 
     From a run with the same objective all weights are copied; from pre-training to fine-tuning
     image feature extractor, tag embedder, multi-head attention and both encoders (section 5.2).
 
     Raises:
-        InputError: no complete checkpoint there, or a model of another shape.
+        InputError: no complete checkpoint there, a model of another shape, or another vocabulary:
+            the vector of a tag would become that of another one.
     """
     checkpoint = best_or_newest(run_dir)
     if checkpoint is None:
         raise InputError(f"--init_from {run_dir}: no complete checkpoint there")
+    theirs = Vocabulary.from_bytes((run_dir / "vocabulary.txt").read_bytes())
+    difference = theirs.difference_from(vocabulary)
+    if difference is not None:
+        raise InputError(
+            f"--init_from {run_dir}: its vocabulary is not that of the data: {difference}; build"
+            " the data set with the run's vocabulary.txt"
+        )
     state = load_file(checkpoint / "model.safetensors")
     if load_config(checkpoint / "config.yaml").train.objective != config.train.objective:
         own = {k: v for k, v in model.state_dict().items() if not k.startswith(PRETRAINED_PARTS)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -33,7 +34,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, wait_s: float = LOCK_WAIT_S) -> None:
-        self.path = path
+        self.path, self._has_begun = path, False
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a+", encoding="utf-8")
@@ -49,10 +50,29 @@ class RunFolder:
         write_atomically(self.path / "config.yaml", config_to_yaml(config).encode())
         write_atomically(self.path / "vocabulary.txt", vocabulary.to_bytes())
 
+    def write_failure(self, state: State, step: int, reason: str) -> None:
+        """Replaces `status.json`, where that can be; one launch that is refused undoes no run."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if not self._has_begun and self._status()["state"] == "done":
+                return
+        with contextlib.suppress(OSError):  # a full disk: what filled it is the error to show
+            self.write_status(state, step, reason)
+
+    def _status(self) -> dict:
+        return json.loads((self.path / "status.json").read_bytes())
+
     def write_status(self, state: State, step: int, reason: str = "") -> None:
         """Replaces `status.json`."""
+        self._has_begun = self._has_begun or state == "running"
         status = {"state": state, "step": step, "reason": reason}
         write_atomically(self.path / "status.json", json.dumps(status).encode() + b"\n")
+
+    def has_summary_of(self, step: int) -> bool:
+        """Whether `summary.json` is there, and of that step."""
+        try:
+            return json.loads((self.path / "summary.json").read_bytes())["step"] == step
+        except (OSError, ValueError, KeyError):
+            return False
 
     def write_summary(self, summary: dict) -> None:
         """Replaces `summary.json`."""

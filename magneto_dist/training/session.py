@@ -157,18 +157,22 @@ class Session:
         """Runs `make` on the main process alone and gives every rank its (picklable) result.
 
         Raises:
-            InputError: the one that `make` raised, on every rank, so that none waits for it.
+            InputError: where `make` raised anything, on every other rank, so that none waits; the
+                main process raises that itself.
         """
         box: list[Any] = [None, None]
+        failure: Exception | None = None
         if self.is_main:
             try:
                 box[0] = make()
-            except InputError as error:
-                box[1] = str(error)
+            except Exception as error:
+                failure, box[1] = error, str(error)
         if self.world.num_ranks > 1:
             broadcast_object_list(box)
+        if failure is not None:
+            raise failure
         if box[1] is not None:
-            raise InputError(box[1]) if self.is_main else ReportedError(box[1])
+            raise ReportedError(box[1])
         return box[0]
 
     def barrier(self) -> None:

@@ -231,8 +231,11 @@ class Telemetry:
 
 
 def _cut_back(run_dir: Path, step: int) -> None:
-    for folder in (run_dir, run_dir / "ledger", run_dir / "quarantine"):
-        cut_back_all(folder, step)
+    metrics = StepLog(run_dir / "metrics.jsonl")  # alone: files of the user may lie beside it
+    metrics.cut_back(step)
+    metrics.close()
+    for folder in ("ledger", "quarantine"):
+        cut_back_all(run_dir / folder, step)
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
