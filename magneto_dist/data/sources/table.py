@@ -28,6 +28,7 @@ from magneto_dist.data.sources.columns import (
     unique_keys,
     vocabulary_of,
 )
+from magneto_dist.data.sources.picture_files import read_picture
 from magneto_dist.data.writer import WriteReport, write_dataset
 from magneto_dist.errors import InputError
 
@@ -147,14 +148,7 @@ class PictureReader:
             except (OSError, InputError) as error:
                 raise BadSample(f"picture cannot be fetched: {error}", row.key) from None
             return Sample(row.key, image, row.tags, row.important)
-        try:
-            path = (self.root / row.path).resolve()  # follows "..", links and absolute paths
-            if not path.is_relative_to(self.root):
-                raise BadSample(f"picture {row.path!r} lies outside {self.root}", row.key)
-            image = path.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-            reason = getattr(error, "strerror", None) or str(error)
-            raise BadSample(f"picture {row.path!r} cannot be read: {reason}", row.key) from None
+        image = read_picture(row.path, [self.root], row.key)
         return Sample(row.key, image, row.tags, row.important)
 
 
