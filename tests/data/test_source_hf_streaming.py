@@ -326,3 +326,43 @@ def test_saved_data_sets_are_read_where_they_lie(tmp_path: Path) -> None:
         tmp_path / "out", str(tmp_path / "saved"), streaming=True, validation_fraction=0
     )
     assert report == (8, [])
+
+
+# Sizes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["image type", "bytes", "text"])
+def test_shards_of_limited_size(tmp_path: Path, kind: str) -> None:
+    import datasets
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    images: list[Any] = []
+    for number, num_bytes in enumerate((900, 5_000, 900, 900, 900, 700, 900)):
+        content = picture(number).ljust(num_bytes, b"\0")
+        path = folder / f"{number}.png"
+        path.write_bytes(content)
+        is_inside = number % 2 == 0  # of the row, or in a file
+        cell = {"bytes": content if is_inside else None, "path": None if is_inside else str(path)}
+        images.append({"image type": cell, "bytes": content, "text": path.name}[kind])
+    images += [None, "absent.png" if kind == "text" else None]
+    data = datasets.Dataset.from_dict({"image": images, "tags": [["x"]] * len(images)})
+    if kind == "image type":
+        data = data.cast_column("image", datasets.Image())
+    data.save_to_disk(str(folder / "saved"))
+    options: dict[str, Any] = {
+        "images": folder,
+        "columns": HfColumns(important=None),
+        "validation_fraction": 0,
+        "shard_megabytes": 0.0018,
+        "max_skipped_fraction": 0.5,
+    }
+    report = hf.build(tmp_path / "out", str(folder / "saved"), **options)
+    assert report.written == 7
+    assert Dataset.open(str(tmp_path / "out")).shard_sizes("train") == (1, 1, 2, 2, 1)
+    assert hf.build(tmp_path / "out", str(folder / "saved"), **options) == report
+
+
+def test_sizes_of_streamed_pictures_are_not_known(tmp_path: Path, parts: Path) -> None:
+    with pytest.raises(InputError, match=r"streamed: sizes .* use samples_per_shard instead"):
+        build(tmp_path / "out", parts, shard_megabytes=1)

@@ -31,7 +31,8 @@ from magneto_dist.data.sources.columns import (
     vocabulary_of,
 )
 from magneto_dist.data.sources.hf_cells import Cells, Place, all_rows, read_named
-from magneto_dist.data.writer import WriteReport, write_dataset
+from magneto_dist.data.sources.picture_files import picture_bytes
+from magneto_dist.data.writer import WriteReport, sizes_unknown, write_dataset
 from magneto_dist.errors import InputError
 
 
@@ -103,6 +104,7 @@ def build(
     columns: HfColumns = HfColumns(),
     vocabulary: Path | None = None,
     samples_per_shard: int = 2048,
+    shard_megabytes: float | None = None,
     shrink: Shrink = NO_SHRINK,
     max_skipped_fraction: float = 0.05,
     num_processes: int = 1,
@@ -134,7 +136,10 @@ def build(
         validation_fraction: share of rows that are validated on if there is no `validation_split`.
         columns: names of the columns.
         vocabulary: file with one tag a line; None: all tags by falling frequency, ties by name.
-        samples_per_shard: rows per shard.
+        samples_per_shard: rows per shard, at most.
+        shard_megabytes: of pictures per shard (1e6 bytes), at most, by their sizes before
+            shrinking; a larger picture has a shard of its own. None: no such limit. Not with
+            `streaming`.
         shrink: makes large pictures smaller.
         max_skipped_fraction: bad rows, as a fraction of all, above which it fails.
         num_processes: that read pictures and write shards.
@@ -144,6 +149,8 @@ def build(
             not among the tags; or as for `write_dataset`.
     """
     check_fraction(validation_fraction)
+    if shard_megabytes is not None and streaming:
+        raise sizes_unknown(f"data set {path}, streamed")
     source = HfSplit(
         path,
         train_split,
@@ -163,12 +170,15 @@ def build(
             chosen.append(row)
         splits = {"train": train, "validation": validation}
     tags = (row.tags for rows in splits.values() for row in rows)
+    reader = PictureReader(columns.image)
     return write_dataset(
         out,
         splits,
-        PictureReader(columns.image),
+        reader,
         vocabulary_of(tags, vocabulary),
         samples_per_shard=samples_per_shard,
+        shard_megabytes=shard_megabytes,
+        image_bytes=reader.image_bytes,
         shrink=shrink,
         max_skipped_fraction=max_skipped_fraction,
         num_processes=num_processes,
@@ -198,6 +208,14 @@ class PictureReader:
         if not isinstance(cell, bytes):
             raise BadSample(f"column {self.column!r} has no picture", row.key)
         return Sample(row.key, cell, row.tags, row.important)
+
+    def image_bytes(self, row: HfRow) -> int:
+        """The size of the picture of a row of a data set on disk; 0: it cannot be read.
+
+        Raises:
+            InputError: it lies in an archive.
+        """
+        return _sizes(row.source, self.column)[row.number]
 
 
 def _rows(source: HfSplit, columns: HfColumns) -> list[HfRow]:
@@ -268,6 +286,18 @@ def _pictures(source: HfSplit, column: str) -> _Pictures:
         folders += [Path(cache).resolve() for cache in caches]
     cells = Cells(data, column, source.where, source.streaming)
     return _Pictures(cells, folders, _own_urls(source))
+
+
+@lru_cache(maxsize=2)
+def _sizes(source: HfSplit, column: str) -> list[int]:
+    """Of all pictures of a split on disk, of which nothing is read but where they begin and end."""
+    pictures = _pictures(source, column)
+    sizes = []
+    for size, name in pictures.cells.sizes():
+        if name is not None and "://" in name:
+            raise sizes_unknown(f"picture {name}")
+        sizes.append(size if name is None else picture_bytes(name, pictures.folders))
+    return sizes
 
 
 def _own_folders(source: HfSplit) -> list[str | Path]:

@@ -13,6 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow
+from pyarrow.compute import call_function
+
 from magneto_dist.data.network import ATTEMPTS, fetch, retried
 from magneto_dist.data.sample import BadSample
 from magneto_dist.data.sources.picture_files import find_picture, read_picture
@@ -20,6 +23,7 @@ from magneto_dist.errors import InputError
 
 _ARCHIVES = ("zip://", "tar://")
 _MAX_PICTURE_BYTES = 2**28
+_ROWS_AT_ONCE = 1000
 
 
 class Place(NamedTuple):
@@ -58,6 +62,12 @@ class Cells:
             raise InputError(f"{self._where}: has fewer rows than it had when its tags were read")
         return row[self._column]
 
+    def sizes(self) -> Iterator[tuple[int, str | None]]:
+        """The bytes of each picture of a data set on disk, or the path where it lies."""
+        for batch in self._data.with_format("arrow").iter(_ROWS_AT_ONCE):
+            for cells in batch[self._column].chunks:
+                yield from _sizes(cells)
+
     def _open(self, place: Place) -> None:
         """Goes to a place."""
         self._rows = iter(())  # before the next is opened: each holds tens of megabytes
@@ -66,6 +76,24 @@ class Cells:
         group = self._groups.shard(self._groups.num_shards, place.group)
         self._rows = iter(group.skip(place.number))
         self._next = place
+
+
+def _sizes(cells: pyarrow.Array) -> Iterator[tuple[int, str | None]]:
+    """See `Cells.sizes`; contents are not looked at, so they are not even read from disk."""
+    contents = names = None
+    if pyarrow.types.is_struct(cells.type):  # the type Image
+        fields = dict(zip((field.name for field in cells.type), cells.flatten(), strict=True))
+        contents, names = fields.get("bytes"), fields.get("path")
+    elif pyarrow.types.is_binary(cells.type) or pyarrow.types.is_large_binary(cells.type):
+        contents = cells
+    else:
+        names = cells
+    nothing = [None] * len(cells)
+    lengths = nothing if contents is None else call_function("binary_length", [contents])
+    for length, name in zip(lengths, nothing if names is None else names, strict=True):
+        num_bytes = None if length is None else length.as_py()
+        path = None if name is None or num_bytes is not None else name.as_py()
+        yield num_bytes or 0, path if isinstance(path, str) else None
 
 
 def all_rows(data: Any, where: str, is_streamed: bool) -> Iterator[tuple[Place, dict[str, Any]]]:
