@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from faulty_server import serving
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from tar_samples import tar_samples
@@ -270,6 +270,7 @@ def test_same_name_in_two_folders_and_same_picture_twice(tmp_path: Path, images:
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=20))
+@example(["/", ".", "_"])
 def test_keys_are_valid_and_unique(paths: list[str]) -> None:
     keys = unique_keys(paths)
     assert len(set(keys)) == len(paths)

@@ -120,7 +120,8 @@ def unique_keys(paths: Sequence[str]) -> list[str]:
     The stem of the file name where that is a valid key and no other picture has it; else with a
     hash of the whole path. A path's second row gets "-2", and so on.
     """
-    stems = [re.sub(r"[^A-Za-z0-9_-]", "_", _stem(path))[:_MAX_STEM] for path in paths]
+    # A path such as "/" has no stem.
+    stems = [re.sub(r"[^A-Za-z0-9_-]", "_", _stem(path) or "_")[:_MAX_STEM] for path in paths]
     pictures_with_stem = Counter(stem for stem, _ in set(zip(stems, paths, strict=True)))
     seen: Counter[str] = Counter()
     keys = []
