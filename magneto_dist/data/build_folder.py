@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import pickle
 import re
 import shutil
@@ -60,18 +61,44 @@ class FinishedShard:
 
 
 def plan_shards(
-    splits: Mapping[str, Sequence[Row]], samples_per_shard: int, vocabulary: Vocabulary
+    splits: Mapping[str, Sequence[Row]],
+    samples_per_shard: int,
+    vocabulary: Vocabulary,
+    sizes: Mapping[str, Sequence[int]] | None = None,
+    max_bytes: float = math.inf,
 ) -> list[ShardPlan[Row]]:
-    """Cuts the rows of every split into shards."""
+    """Cuts the rows of every split into shards, as `cuts` says; `sizes`: of each split."""
     plans = []
     for split, rows in splits.items():
-        for number, first_row in enumerate(range(0, len(rows), samples_per_shard)):
-            part = list(rows[first_row : first_row + samples_per_shard])
+        row_bytes = [0] * len(rows) if sizes is None else sizes[split]
+        for number, (first_row, end) in enumerate(cuts(row_bytes, samples_per_shard, max_bytes)):
+            part = list(rows[first_row:end])
             sha256 = hashlib.sha256(vocabulary.sha256.encode())
             sha256.update(_pickled(part))
             name = f"{split}-{number:06d}.tar"
             plans.append(ShardPlan(split, name, first_row, part, sha256.hexdigest()))
     return plans
+
+
+def cuts(
+    row_bytes: Sequence[int], samples_per_shard: int, max_bytes: float
+) -> Iterator[tuple[int, int]]:
+    """First row and end of each shard: as many rows in order as keep within both limits, or one.
+
+    Args:
+        row_bytes: of each row.
+        samples_per_shard: rows of a shard, at most.
+        max_bytes: of a shard, at most; a row that has more gets a shard of its own.
+    """
+    first, total = 0, 0
+    for row, num_bytes in enumerate(row_bytes):
+        is_full = row - first == samples_per_shard or total + num_bytes > max_bytes
+        if is_full and row > first:
+            yield first, row
+            first, total = row, 0
+        total += num_bytes
+    if first < len(row_bytes):
+        yield first, len(row_bytes)
 
 
 def input_sha256(plans: Sequence[ShardPlan]) -> str:

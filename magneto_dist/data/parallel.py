@@ -55,16 +55,21 @@ def run_tasks(
     """
     if num_processes < 1:
         raise InputError(f"num_processes {num_processes}: must be at least 1")
-    interval_s = _REFRESH_S if sys.stderr.isatty() else _REFRESH_LOG_S
-    with tqdm(
-        total=num_items, desc=description, unit="item", mininterval=interval_s, smoothing=0.05
-    ) as bar:
+    with progress_bar(num_items, description) as bar:
         num_processes = min(num_processes, len(tasks))
         if num_processes <= 1:
             for task in tasks:
                 yield work(task, lambda: _advance(bar, 1))
         else:
             yield from _run_in_processes(work, tasks, num_processes, bar)
+
+
+def progress_bar(num_items: int | None, description: str) -> tqdm:
+    """Counts items on standard error; None: how many there will be is not known."""
+    interval_s = _REFRESH_S if sys.stderr.isatty() else _REFRESH_LOG_S
+    return tqdm(
+        total=num_items, desc=description, unit="item", mininterval=interval_s, smoothing=0.05
+    )
 
 
 def _run_in_processes(

@@ -13,6 +13,7 @@ Bytes depend on the rows alone, not on processes, clock or machine.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from magneto_dist.data import build_folder
 from magneto_dist.data.build_folder import FinishedShard, ShardPlan
 from magneto_dist.data.image_bytes import DEFAULT_MAX_MEGAPIXELS
-from magneto_dist.data.parallel import run_tasks
+from magneto_dist.data.parallel import progress_bar, run_tasks
 from magneto_dist.data.sample import Sample
 from magneto_dist.data.shard_writer import ShardWriter, refuse_some_images
 from magneto_dist.data.shards import (
@@ -57,6 +58,8 @@ def write_dataset(
     vocabulary: Vocabulary,
     *,
     samples_per_shard: int = 2048,
+    shard_megabytes: float | None = None,
+    image_bytes: Callable[[Row], int] | None = None,
     num_processes: int,
     source: dict[str, Any],
     max_skipped_fraction: float = 0.05,
@@ -67,15 +70,19 @@ def write_dataset(
 ) -> WriteReport:
     """Writes a data set to the folder `out`; after a kill the same call goes on where it was.
 
-    Shard k of a split holds the rows k * samples_per_shard and following, less the bad ones; these
-    are listed in `skipped.jsonl`. Either all samples have a picture, or none has.
+    The shards of a split hold its rows in order, each as many as its limits allow, less the bad
+    ones; these are listed in `skipped.jsonl`. Either all samples have a picture, or none has.
 
     Args:
         out: folder; made if absent.
         splits: for each of train and validation its rows, of anything that can be pickled.
         load: makes a sample of a row; picklable, runs in other processes; may raise BadSample.
         vocabulary: every tag there is.
-        samples_per_shard: rows per shard.
+        samples_per_shard: rows per shard, at most.
+        shard_megabytes: of pictures per shard (1e6 bytes), at most, by their sizes before
+            shrinking; a larger picture has a shard of its own. None: no such limit.
+        image_bytes: the size of a row's picture, 0 where it is bad; runs in this process. Needed
+            for `shard_megabytes`.
         num_processes: that load, check and write; 1: this one.
         source: JSON that says what is built; an unfinished build of another source is refused.
         max_skipped_fraction: bad rows, as a fraction of all, above which building fails; one bad
@@ -90,9 +97,13 @@ def write_dataset(
             in some samples only; something else in `out`; the disk is full.
     """
     num_rows = _check_rows(splits, samples_per_shard)
+    sizes, max_bytes = None, math.inf
+    if shard_megabytes is not None:
+        check_shard_megabytes(shard_megabytes)
+        sizes, max_bytes = _sizes(splits, image_bytes, num_rows), shard_megabytes * 1e6
     if shrink.shorter_side is not None:
         source = {**source, "shrink": asdict(shrink)}
-    plans = build_folder.plan_shards(splits, samples_per_shard, vocabulary)
+    plans = build_folder.plan_shards(splits, samples_per_shard, vocabulary, sizes, max_bytes)
     input_sha256 = build_folder.input_sha256(plans)
     if build_folder.is_finished(out, source, input_sha256):
         return _read_report(out)
@@ -179,6 +190,40 @@ def _check_rows(splits: Mapping[str, Sequence[Any]], samples_per_shard: int) -> 
     if num_rows == 0:
         raise InputError("there are no rows to make a data set of")
     return num_rows
+
+
+def check_shard_megabytes(shard_megabytes: float) -> None:
+    """Checks a limit.
+
+    Raises:
+        InputError: it is not above 0.
+    """
+    if not shard_megabytes > 0:
+        raise InputError(f"shard_megabytes {shard_megabytes}: must be above 0")
+
+
+def sizes_unknown(pictures: str) -> InputError:
+    """The error where `shard_megabytes` cannot be kept to."""
+    return InputError(
+        f"{pictures}: sizes of pictures are not known before all are read: use samples_per_shard"
+        " instead of shard_megabytes"
+    )
+
+
+def _sizes(
+    splits: Mapping[str, Sequence[Row]], image_bytes: Callable[[Row], int] | None, num_rows: int
+) -> dict[str, list[int]]:
+    """The size of each row's picture."""
+    if image_bytes is None:
+        raise sizes_unknown("this source")
+    sizes: dict[str, list[int]] = {}
+    with progress_bar(num_rows, "sizes of pictures") as bar:
+        for split, rows in splits.items():
+            sizes[split] = []
+            for row in rows:
+                sizes[split].append(image_bytes(row))
+                bar.update()
+    return sizes
 
 
 def _shards_of(

@@ -131,6 +131,10 @@ def test_pictures_in_folders_and_flat(tmp_path: Path) -> None:
         if flat != "1012.jpg" and number != 7:
             place.write_bytes(buffer.getvalue())
     report = nus_wide.build(tmp_path / "out", root, samples_per_shard=10)
+    nus_wide.build(tmp_path / "one each", root, shard_megabytes=1e-6)
+    sizes = Dataset.open(str(tmp_path / "one each")).shard_sizes("train")
+    assert set(sizes) == {1}
+    assert len(sizes) == len(tar_samples(tmp_path / "out", "train"))
     assert report.skipped == [("1012", "there is neither actor/0012_1012.jpg nor 1012.jpg")]
     for split, wanted in expected().items():
         samples = tar_samples(tmp_path / "out", split)

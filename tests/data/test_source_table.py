@@ -270,7 +270,7 @@ def test_same_name_in_two_folders_and_same_picture_twice(tmp_path: Path, images:
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=20))
-@example(["/"])
+@example(["/", ".", "_"])
 @example(["b", "b", "b-2", "b", "b-2"])
 def test_keys_are_valid_and_unique(paths: list[str]) -> None:
     keys = unique_keys(paths)
@@ -310,3 +310,25 @@ def test_real_photographs(tmp_path: Path) -> None:
             assert sample.image == (PHOTOS / row["file_name"]).read_bytes()
             assert sample.tags == row["tags"].split(",")
             assert sorted(sample.important or ()) == sorted(row["important_tags"].split(","))
+
+
+def test_shards_of_limited_size(tmp_path: Path, images: Path) -> None:
+    names = []
+    for number, num_bytes in enumerate((900, 5_000, 900, 900, 900, 700, 900)):
+        names.append(f"n{number}.jpg")
+        (images / names[-1]).write_bytes(picture().ljust(num_bytes, b"\0"))
+    rows = [{"file_name": name, "tags": ["sea"]} for name in (*names, "absent.jpg", "../t.jsonl")]
+    path = write_table(tmp_path / "t.jsonl", rows)
+    options = {"validation_fraction": 0, "shard_megabytes": 0.0018, "max_skipped_fraction": 0.5}
+    report = table.build(tmp_path / "out", path, images, **options)
+    assert report.written == 7
+    dataset = Dataset.open(str(tmp_path / "out"))
+    assert dataset.shard_sizes("train") == (1, 1, 2, 2, 1)
+    assert table.build(tmp_path / "out", path, images, **options) == report
+
+
+def test_sizes_of_pictures_behind_urls_are_not_known(tmp_path: Path, images: Path) -> None:
+    rows = [{"file_name": name, "tags": ["sea"]} for name in ("b.jpg", "http://127.0.0.1:9/x.jpg")]
+    path = write_table(tmp_path / "t.jsonl", rows)
+    with pytest.raises(InputError, match=r"x\.jpg: sizes .* use samples_per_shard instead"):
+        table.build(tmp_path / "out", path, images, shard_megabytes=1)

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from magneto_dist.data.build_folder import cuts
 from magneto_dist.data.sample import BadSample, Sample
 from magneto_dist.data.shards import Dataset, ShardIndex
 from magneto_dist.data.verify import verify
@@ -396,6 +399,46 @@ def test_repeated_tags_are_written_once(tmp_path):
         assert json.load(annotation) == {"tags": ["sea", "sky"], "important": [1, 0]}
 
 
+@given(
+    row_bytes=st.lists(st.integers(0, 20), max_size=40),
+    samples_per_shard=st.integers(1, 8),
+    max_bytes=st.integers(1, 40),
+)
+def test_shards_are_as_large_as_their_limits_allow(row_bytes, samples_per_shard, max_bytes):
+    shards = list(cuts(row_bytes, samples_per_shard, max_bytes))
+    assert [row for first, end in shards for row in range(first, end)] == [*range(len(row_bytes))]
+    for first, end in shards:
+        assert 1 <= end - first <= samples_per_shard
+        assert end - first == 1 or sum(row_bytes[first:end]) <= max_bytes
+        if end < len(row_bytes):  # the next row would be too much
+            assert end - first == samples_per_shard or sum(row_bytes[first : end + 1]) > max_bytes
+    by_count = [first for first, _ in cuts(row_bytes, samples_per_shard, float("inf"))]
+    assert by_count == [*range(0, len(row_bytes), samples_per_shard)]
+
+
+def num_bytes(row: int) -> int:
+    return len(picture(row))
+
+
+def test_shards_by_size_are_kept_after_an_error_too(tmp_path):
+    options = {"shard_megabytes": 1500 / 1e6, "image_bytes": num_bytes, "samples_per_shard": 9}
+    write(tmp_path / "at once", num_processes=2, **options)
+    dataset = Dataset.open(str(tmp_path / "at once"))
+    sizes = {split: list(map(num_bytes, rows)) for split, rows in SPLITS.items()}
+    for split in SPLITS:
+        expected = [end - first for first, end in cuts(sizes[split], 9, 1500)]
+        assert list(dataset.shard_sizes(split)) == expected
+        assert len(set(expected)) > 1
+    with pytest.raises(ZeroDivisionError):
+        write(tmp_path / "out", fail_at_40, **options)
+    kept = (tmp_path / "out" / "train-000001.tar").stat().st_mtime_ns
+    write(tmp_path / "out", **options)
+    assert (tmp_path / "out" / "train-000001.tar").stat().st_mtime_ns == kept
+    assert contents(tmp_path / "out") == contents(tmp_path / "at once")
+    with pytest.raises(InputError, match="holds another data set"):
+        write(tmp_path / "out", **{**options, "shard_megabytes": 0.002})
+
+
 def test_full_disk_is_noticed_before_it_is_full(tmp_path):
     with pytest.raises(InputError, match=r"needs 1000000\.00 GB in"):
         write(tmp_path, estimated_bytes=10**15)
@@ -407,6 +450,8 @@ def test_full_disk_is_noticed_before_it_is_full(tmp_path):
         ({"splits": {"test": [1]}}, "may be train and validation only"),
         ({"samples_per_shard": 0}, "samples_per_shard 0"),
         ({"num_processes": 0}, "num_processes 0"),
+        ({"shard_megabytes": 0}, "shard_megabytes 0: must be above 0"),
+        ({"shard_megabytes": 1}, "this source: sizes of pictures are not known .* samples_per_sh"),
     ],
 )
 def test_wrong_arguments(tmp_path, options, message):

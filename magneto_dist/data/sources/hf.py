@@ -1,18 +1,26 @@
 """Any data set of the `datasets` library becomes a data set of ours.
 
 1. `_open` loads a split: from the hub, from local files, or from a folder of `save_to_disk`.
-2. `_rows` reads the columns of tags; pictures stay where they are.
+2. `_rows` reads the columns of tags, and keeps them in memory: the vocabulary and the split need
+   all of them before the first shard. Pictures stay where they are and are not decoded.
 3. `PictureReader` reads one picture, encoded as it is, in one of the writer's processes; each opens
    the data set for itself, for a row is only a number.
+
+Streamed, the data set is read like this twice, and never kept; see `build` for what it costs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+import sys
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from magneto_dist.data.network import is_url
+from magneto_dist.data.parallel import progress_bar
 from magneto_dist.data.sample import BadSample, Sample
 from magneto_dist.data.shrink import NO_SHRINK, Shrink
 from magneto_dist.data.sources.columns import (
@@ -22,7 +30,9 @@ from magneto_dist.data.sources.columns import (
     parse_tags,
     vocabulary_of,
 )
-from magneto_dist.data.writer import WriteReport, write_dataset
+from magneto_dist.data.sources.hf_cells import Cells, Place, all_rows, read_named
+from magneto_dist.data.sources.picture_files import picture_bytes
+from magneto_dist.data.writer import WriteReport, sizes_unknown, write_dataset
 from magneto_dist.errors import InputError
 
 
@@ -40,6 +50,15 @@ class HfSplit:
     """Files for a builder: a path or a pattern."""
     data_dir: str | None = None
     """Folder for a builder."""
+    images: str | None = None
+    """Folder of pictures that rows name by path, beside those of the data set itself."""
+    streaming: bool = False
+    """Read without a copy in the cache of `datasets`."""
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.path}, split {self.split!r}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +66,7 @@ class HfColumns:
     """Where things are."""
 
     image: str = "image"
-    """Column of pictures: of the type Image, or of encoded bytes."""
+    """Column of pictures: of the type Image, of encoded bytes, or of paths."""
     tags: str = "tags"
     """Column of the tags: a list, or a string with separators."""
     important: str | None = "important_tags"
@@ -62,9 +81,12 @@ class HfRow(NamedTuple):
     key: str
     source: HfSplit
     number: int
-    """Row in it, from 0."""
+    """Row in it (streamed: in its group), from 0."""
     tags: tuple[str, ...]
     important: tuple[bool, ...] | None
+    file: int = 0
+    group: int = 0
+    """Of a streamed split; see `hf_cells.py`."""
 
 
 def build(
@@ -74,16 +96,30 @@ def build(
     config: str | None = None,
     data_files: str | None = None,
     data_dir: str | None = None,
+    images: Path | None = None,
+    streaming: bool = False,
     train_split: str = "train",
     validation_split: str | None = None,
     validation_fraction: float = 0.1,
     columns: HfColumns = HfColumns(),
     vocabulary: Path | None = None,
     samples_per_shard: int = 2048,
+    shard_megabytes: float | None = None,
     shrink: Shrink = NO_SHRINK,
+    max_skipped_fraction: float = 0.05,
     num_processes: int = 1,
 ) -> WriteReport:
     """Writes splits of a data set of the `datasets` library to the folder `out`.
+
+    With `streaming`, no picture is kept but in the shards. A first pass reads the columns of tags
+    alone (of Parquet nothing else is fetched, of other formats whole rows are), a second one the
+    pictures. Each shard begins to read at the row group of Parquet, or else at the file, that its
+    first row is in, and drops what comes before; a process that goes on to the next shard goes on
+    reading where it is. So pictures are read about once for each split that is made of them (twice
+    where validation rows are chosen by hash), and once more for each further process where there
+    is but one group. To go on after a kill costs the first pass again, and in the second one the
+    rows of one group up to the first that is missing; shards that are finished are not read again.
+    A process holds one group of Parquet in memory, in bytes as they are stored.
 
     Args:
         out: folder; made if absent.
@@ -91,13 +127,21 @@ def build(
         config: name of the configuration, where there are several.
         data_files: for a builder such as "parquet": a path or a pattern.
         data_dir: for a builder such as "imagefolder": a folder.
+        images: folder that pictures may lie in if rows name them by path; None: only where the
+            data set itself lies. A picture anywhere else is skipped with a reason.
+        streaming: read without a copy of the data set in memory or in the cache of `datasets`; a
+            folder of `save_to_disk` never needs one.
         train_split: its name there.
         validation_split: its name there; None: rows of the train split, by hash of their number.
         validation_fraction: share of rows that are validated on if there is no `validation_split`.
         columns: names of the columns.
         vocabulary: file with one tag a line; None: all tags by falling frequency, ties by name.
-        samples_per_shard: rows per shard.
+        samples_per_shard: rows per shard, at most.
+        shard_megabytes: of pictures per shard (1e6 bytes), at most, by their sizes before
+            shrinking; a larger picture has a shard of its own. None: no such limit. Not with
+            `streaming`.
         shrink: makes large pictures smaller.
+        max_skipped_fraction: bad rows, as a fraction of all, above which it fails.
         num_processes: that read pictures and write shards.
 
     Raises:
@@ -105,11 +149,20 @@ def build(
             not among the tags; or as for `write_dataset`.
     """
     check_fraction(validation_fraction)
-    source = HfSplit(path, train_split, config, data_files, data_dir)
+    if shard_megabytes is not None and streaming:
+        raise sizes_unknown(f"data set {path}, streamed")
+    source = HfSplit(
+        path,
+        train_split,
+        config,
+        data_files,
+        data_dir,
+        images=None if images is None else str(images),
+        streaming=streaming and not _is_saved(path),
+    )
     splits = {"train": _rows(source, columns)}
     if validation_split is not None:
-        other = HfSplit(path, validation_split, config, data_files, data_dir)
-        splits["validation"] = _rows(other, columns)
+        splits["validation"] = _rows(replace(source, split=validation_split), columns)
     else:
         train, validation = [], []
         for row in splits["train"]:
@@ -117,13 +170,17 @@ def build(
             chosen.append(row)
         splits = {"train": train, "validation": validation}
     tags = (row.tags for rows in splits.values() for row in rows)
+    reader = PictureReader(columns.image)
     return write_dataset(
         out,
         splits,
-        PictureReader(columns.image),
+        reader,
         vocabulary_of(tags, vocabulary),
         samples_per_shard=samples_per_shard,
+        shard_megabytes=shard_megabytes,
+        image_bytes=reader.image_bytes,
         shrink=shrink,
+        max_skipped_fraction=max_skipped_fraction,
         num_processes=num_processes,
         source={"builder": "hf", "path": path, "config": config},
     )
@@ -142,60 +199,157 @@ class PictureReader:
         Raises:
             BadSample: there is none, or its file cannot be read.
         """
-        cell = _pictures(row.source, self.column)[row.number][self.column]
+        pictures = _pictures(row.source, self.column)
+        cell = pictures.cells[Place(row.file, row.group, row.number)]
         if isinstance(cell, dict):  # the type Image: bytes, or a path where they lie
-            cell = cell["bytes"] if cell["bytes"] is not None else _read(cell["path"], row.key)
+            cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
+        if isinstance(cell, str):
+            cell = read_named(cell, pictures.folders, pictures.urls, row.key)
         if not isinstance(cell, bytes):
             raise BadSample(f"column {self.column!r} has no picture", row.key)
         return Sample(row.key, cell, row.tags, row.important)
 
+    def image_bytes(self, row: HfRow) -> int:
+        """The size of the picture of a row of a data set on disk; 0: it cannot be read.
 
-def _read(path: str, key: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise BadSample(f"picture {path!r} cannot be read: {error.strerror}", key) from None
+        Raises:
+            InputError: it lies in an archive.
+        """
+        return _sizes(row.source, self.column)[row.number]
 
 
 def _rows(source: HfSplit, columns: HfColumns) -> list[HfRow]:
-    where = f"{source.path}, split {source.split!r}"
     data = _open(source)
+    # Some formats have no list of columns but that of their first row.
+    names = data.column_names or list(next(iter(data), {}))
     wanted = [columns.image, columns.tags, columns.important]
-    missing = [name for name in wanted if name is not None and name not in data.column_names]
+    missing = [name for name in wanted if name is not None and name not in names]
     if missing:
         raise InputError(
-            f"{where}: there is no column {missing[0]!r}; the columns are"
-            f" {', '.join(map(repr, data.column_names))}"
+            f"{source.where}: there is no column {missing[0]!r}; the columns are"
+            f" {', '.join(map(repr, names))}"
         )
+    texts = _select(source, data, [name for name in wanted[1:] if name is not None])
     labels = Labels()
     rows = []
-    texts = data.select_columns([name for name in wanted[1:] if name is not None])
-    for number, cells in enumerate(texts):
-        place = f"{where}, row {number}"
-        tags = parse_tags(cells[columns.tags], columns.separator, f"{place}, {columns.tags!r}")
-        important = None
-        if columns.important is not None:
-            cell_name = f"{place}, {columns.important!r}"
-            important = parse_tags(cells[columns.important], columns.separator, cell_name)
-        flags = labels.importance(tags or (), important, place)
-        rows.append(HfRow(f"{source.split}-{number:08d}", source, number, tags or (), flags))
-    labels.check(where)
+    with progress_bar(_num_rows(source, data), f"reading tags of {source.split}") as bar:
+        for place, cells in all_rows(texts, source.where, source.streaming):
+            tags, flags = _annotation(cells, columns, f"{source.where}, row {len(rows)}", labels)
+            key = f"{source.split}-{len(rows):08d}"
+            rows.append(HfRow(key, source, place.number, tags, flags, place.file, place.group))
+            bar.update()
+    labels.check(source.where)
     return rows
 
 
+def _annotation(
+    cells: dict[str, Any], columns: HfColumns, where: str, labels: Labels
+) -> tuple[tuple[str, ...], tuple[bool, ...] | None]:
+    """The tags of a row, and which are important."""
+    tags = parse_tags(cells[columns.tags], columns.separator, f"{where}, {columns.tags!r}")
+    # The same few tags in millions of rows: one string each.
+    tags = tuple(map(sys.intern, tags or ()))
+    important = None
+    if columns.important is not None:
+        cell_name = f"{where}, {columns.important!r}"
+        important = parse_tags(cells[columns.important], columns.separator, cell_name)
+    return tags, labels.importance(tags, important, where)
+
+
+class _Pictures(NamedTuple):
+    """The column of pictures, and where those may lie that it names by path."""
+
+    cells: Cells
+    """Encoded bytes, or paths."""
+    folders: list[Path]
+    urls: tuple[str, ...]
+    """What URLs must begin with."""
+
+
 @lru_cache(maxsize=2)
-def _pictures(source: HfSplit, column: str) -> Any:
-    """The column of pictures as encoded bytes; opened once in each process."""
-    import datasets
+def _pictures(source: HfSplit, column: str) -> _Pictures:
+    """Opened once in each process."""
+    from datasets import Image, config
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    data = _open(source).select_columns([column])
-    if isinstance(data.features[column], datasets.Image):
-        data = data.cast_column(column, datasets.Image(decode=False))
-    return data
+    data = _select(source, _open(source), [column])
+    folders = [Path(folder).resolve() for folder in _own_folders(source)]
+    if data.features is not None and isinstance(data.features[column], Image):
+        data = data.cast_column(column, Image(decode=False))
+        # Such a path may be one that `datasets` made, of a file that it has downloaded.
+        caches = (
+            HF_HUB_CACHE,
+            config.HF_DATASETS_CACHE,
+            config.DOWNLOADED_DATASETS_PATH,
+            config.EXTRACTED_DATASETS_PATH,
+        )
+        folders += [Path(cache).resolve() for cache in caches]
+    cells = Cells(data, column, source.where, source.streaming)
+    return _Pictures(cells, folders, _own_urls(source))
 
 
-def _open(source: HfSplit) -> Any:
-    """A split of the data set.
+@lru_cache(maxsize=2)
+def _sizes(source: HfSplit, column: str) -> list[int]:
+    """Of all pictures of a split on disk, of which nothing is read but where they begin and end."""
+    pictures = _pictures(source, column)
+    sizes = []
+    for size, name in pictures.cells.sizes():
+        if name is not None and "://" in name:
+            raise sizes_unknown(f"picture {name}")
+        sizes.append(size if name is None else picture_bytes(name, pictures.folders))
+    return sizes
+
+
+def _own_folders(source: HfSplit) -> list[str | Path]:
+    """Where the user says that the data set lies on this machine."""
+    folders: list[str | Path] = [] if source.images is None else [source.images]
+    if Path(source.path).is_dir():
+        return [*folders, source.path]
+    if "/" in source.path:  # on the hub: its files are no files of this machine
+        return folders
+    if source.data_dir is not None and not is_url(source.data_dir):
+        folders.append(source.data_dir)
+    if source.data_files is not None and not is_url(source.data_files):
+        parts = takewhile(lambda part: not set(part) & set("*?["), Path(source.data_files).parts)
+        folder = Path(*parts)
+        folders.append(folder.parent if folder == Path(source.data_files) else folder)
+    return folders
+
+
+def _own_urls(source: HfSplit) -> tuple[str, ...]:
+    """Where it lies elsewhere."""
+    named = [name for name in (source.data_dir, source.data_files) if name and is_url(name)]
+    folders = [f"{re.split('[*?]', name)[0].rpartition('/')[0]}/" for name in named]
+    return (f"hf://datasets/{source.path}@", f"hf://datasets/{source.path}/", *folders)
+
+
+def _num_rows(source: HfSplit, data: Any) -> int | None:
+    """For the progress bar; of a streamed split it is often unknown."""
+    if not source.streaming:
+        return len(data)
+    known = (data.info.splits or {}).get(source.split)
+    return known.num_examples if known is not None else None
+
+
+def _select(source: HfSplit, data: Any, columns: list[str]) -> Any:
+    """Some columns of a split."""
+    if source.streaming and data.info.builder_name == "parquet":
+        # Selecting alone would fetch the others, too, and drop them.
+        data = _open(source, columns=columns)
+    return data.select_columns(columns)
+
+
+def _is_saved(path: str) -> bool:
+    """Whether this is a folder of `save_to_disk`."""
+    return any((Path(path) / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
+
+
+def _open(source: HfSplit, **options: Any) -> Any:
+    """A split of the data set, mapped from disk or streamed.
+
+    Args:
+        source: which.
+        options: of its builder.
 
     Raises:
         InputError: it cannot be loaded.
@@ -205,7 +359,7 @@ def _open(source: HfSplit) -> Any:
     try:
         if (Path(source.path) / "dataset_dict.json").exists():
             return datasets.load_from_disk(str(Path(source.path) / source.split))
-        if (Path(source.path) / "dataset_info.json").exists():
+        if _is_saved(source.path):
             return datasets.load_from_disk(source.path)
         return datasets.load_dataset(
             source.path,
@@ -213,9 +367,10 @@ def _open(source: HfSplit) -> Any:
             data_files=source.data_files,
             data_dir=source.data_dir,
             split=source.split,
+            streaming=source.streaming,
+            **options,
         )
     except Exception as error:  # whatever the hub, a builder or the file system stumbled over
         raise InputError(
-            f"data set {source.path}, split {source.split!r}: cannot be loaded:"
-            f" {type(error).__name__}: {error}"
+            f"data set {source.where}: cannot be loaded: {type(error).__name__}: {error}"
         ) from error

@@ -76,6 +76,7 @@ def build(
     *,
     annotations_only: bool = False,
     samples_per_shard: int = 2048,
+    shard_megabytes: float | None = None,
     shrink: Shrink = NO_SHRINK,
     num_processes: int = 1,
 ) -> WriteReport:
@@ -88,7 +89,9 @@ def build(
         images: folder of pictures, `<category>/<number>_<id>.jpg` or `<id>.jpg`; None: the folder
             Flickr or images in `root`.
         annotations_only: write tags and labels without pictures.
-        samples_per_shard: rows per shard.
+        samples_per_shard: rows per shard, at most.
+        shard_megabytes: of pictures per shard (1e6 bytes), at most, by their sizes before
+            shrinking; a larger picture has a shard of its own. None: no such limit.
         shrink: makes large pictures smaller.
         num_processes: that read pictures and write shards.
 
@@ -98,12 +101,15 @@ def build(
     folder = None if annotations_only else _image_folder(root, images)
     vocabulary, splits, funnel = read(root)
     print(funnel)
+    reader = PictureReader(folder)
     return write_dataset(
         out,
         splits,
-        PictureReader(folder),
+        reader,
         vocabulary,
         samples_per_shard=samples_per_shard,
+        shard_megabytes=shard_megabytes,
+        image_bytes=reader.image_bytes,
         shrink=shrink,
         num_processes=num_processes,
         source={"builder": "nus-wide", "annotations_only": annotations_only, **asdict(funnel)},
@@ -151,10 +157,21 @@ class PictureReader:
         """
         return Sample(row.key, self._image(row), row.tags, row.important)
 
+    def image_bytes(self, row: NusWideRow) -> int:
+        """The size of the picture of a row; 0: there is none."""
+        if self.images is None:
+            return 0
+        for name in _names(row):
+            try:
+                return (self.images / name).stat().st_size
+            except OSError:
+                continue
+        return 0
+
     def _image(self, row: NusWideRow) -> bytes | None:
         if self.images is None:
             return None
-        for name in (row.path, f"{row.key}.jpg", PurePosixPath(row.path).name):
+        for name in _names(row):
             try:
                 return (self.images / name).read_bytes()
             except (FileNotFoundError, NotADirectoryError):
@@ -162,6 +179,11 @@ class PictureReader:
             except OSError as error:
                 raise BadSample(f"{name} cannot be read: {error.strerror}", row.key) from None
         raise BadSample(f"there is neither {row.path} nor {row.key}.jpg", row.key)
+
+
+def _names(row: NusWideRow) -> tuple[str, ...]:
+    """Where the picture of a row may lie."""
+    return row.path, f"{row.key}.jpg", PurePosixPath(row.path).name
 
 
 def _image_folder(root: Path, images: Path | None) -> Path:

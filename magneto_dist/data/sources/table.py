@@ -28,7 +28,8 @@ from magneto_dist.data.sources.columns import (
     unique_keys,
     vocabulary_of,
 )
-from magneto_dist.data.writer import WriteReport, write_dataset
+from magneto_dist.data.sources.picture_files import picture_bytes, read_picture
+from magneto_dist.data.writer import WriteReport, sizes_unknown, write_dataset
 from magneto_dist.errors import InputError
 
 Cells = dict[str, Any]
@@ -74,6 +75,7 @@ def build(
     validation_fraction: float = 0.1,
     vocabulary: Path | None = None,
     samples_per_shard: int = 2048,
+    shard_megabytes: float | None = None,
     shrink: Shrink = NO_SHRINK,
     max_skipped_fraction: float = 0.05,
     num_processes: int = 1,
@@ -90,7 +92,9 @@ def build(
         validation_fraction: share of validation rows, by hash of the picture's path; not used
             where `columns.split` is given.
         vocabulary: file with one tag a line; None: all tags by falling frequency, ties by name.
-        samples_per_shard: rows per shard.
+        samples_per_shard: rows per shard, at most.
+        shard_megabytes: of pictures per shard (1e6 bytes), at most, by their sizes before
+            shrinking; a larger picture has a shard of its own. None: no such limit. Not for URLs.
         shrink: makes large pictures smaller.
         max_skipped_fraction: bad rows, as a fraction of all, above which it fails; raise it for
             URLs, of which many are dead after some years.
@@ -105,12 +109,15 @@ def build(
     splits: dict[str, list[TableRow]] = {"train": [], "validation": []}
     for row, name in zip(rows, split_names, strict=True):
         splits[name or _split_of(row.path, validation_fraction)].append(row)
+    reader = PictureReader((images or table.parent).resolve())
     return write_dataset(
         out,
         splits,
-        PictureReader((images or table.parent).resolve()),
+        reader,
         vocabulary_of((row.tags for row in rows), vocabulary),
         samples_per_shard=samples_per_shard,
+        shard_megabytes=shard_megabytes,
+        image_bytes=reader.image_bytes,
         shrink=shrink,
         max_skipped_fraction=max_skipped_fraction,
         load_threads=_FETCH_THREADS if any(is_url(row.path) for row in rows) else 1,
@@ -147,15 +154,18 @@ class PictureReader:
             except (OSError, InputError) as error:
                 raise BadSample(f"picture cannot be fetched: {error}", row.key) from None
             return Sample(row.key, image, row.tags, row.important)
-        try:
-            path = (self.root / row.path).resolve()  # follows "..", links and absolute paths
-            if not path.is_relative_to(self.root):
-                raise BadSample(f"picture {row.path!r} lies outside {self.root}", row.key)
-            image = path.read_bytes()
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-            reason = getattr(error, "strerror", None) or str(error)
-            raise BadSample(f"picture {row.path!r} cannot be read: {reason}", row.key) from None
+        image = read_picture(row.path, [self.root], row.key)
         return Sample(row.key, image, row.tags, row.important)
+
+    def image_bytes(self, row: TableRow) -> int:
+        """The size of the picture of a row; 0: it cannot be read.
+
+        Raises:
+            InputError: it has to be fetched.
+        """
+        if is_url(row.path):
+            raise sizes_unknown(f"picture {row.path}")
+        return picture_bytes(row.path, [self.root])
 
 
 def _split_of(path: str, validation_fraction: float) -> str:
