@@ -140,6 +140,8 @@ def _decode_other(content: bytes, header: ImageHeader) -> UInt8[np.ndarray, "hei
     # Not `Image.open`, which warns of, or refuses, sizes that our own limit has already judged.
     reader = {"png": PngImageFile, "webp": WebPImageFile}[header.kind]
     with reader(io.BytesIO(content)) as image:
+        if image.size != (header.width, header.height):  # a PNG can have a second header, of a bomb
+            raise ValueError("it has two sizes")
         if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
             grey = (np.asarray(image).astype(np.int32) >> 8).astype(np.uint8)
             return np.repeat(grey[..., None], 3, axis=2)

@@ -1,8 +1,10 @@
 """What the bytes of a picture say about it, before anything decodes them.
 
 1. `image_header` reads type, size and orientation by content, never by a file name.
-2. `checked_header` also refuses bombs (a small file can hold a huge picture) and cut-off JPEGs,
-   which decoders fill up with grey: some with an error, some without.
+2. `checked_header` also refuses bombs (a small file can hold a huge picture, or a picture a
+   thousand times over) and cut-off JPEGs, which decoders fill up with grey: some with an error,
+   some without.
+3. `check_image_size` refuses a file that is too large to be read at all.
 """
 
 from __future__ import annotations
@@ -16,6 +18,12 @@ from magneto_dist.data.sample import BadSample
 IMAGE_KINDS = ("jpg", "png", "webp")
 """Types of pictures, as the extension of their member in a shard."""
 DEFAULT_MAX_MEGAPIXELS = 100.0
+MAX_IMAGE_BYTES = 1 << 28
+"""Of an encoded picture: 100 megapixels of noise in PNG have more, no photograph has."""
+# A decoder works through the whole picture in each scan, and a scan may take 12 bytes: 3,000 scans
+# of 9 megapixels are a file of 100 kB and 10 s of work. Encoders write about 10; cjpeg and
+# jpegtran, which write what a script tells them to, take no script of more than 100.
+_MAX_JPEG_SCANS = 100
 _JPEG_STANDALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15
 _JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
@@ -69,9 +77,11 @@ def checked_header(content: bytes, max_megapixels: float) -> ImageHeader:
     """The header of a picture that is worth decoding.
 
     Raises:
-        BadSample: as `image_header`; more than `max_megapixels` (1e6 pixels) by the header; a JPEG
-            that is cut off. Other types are left to their decoders, which do notice.
+        BadSample: as `image_header`; more than `max_megapixels` (1e6 pixels) by the header, or
+            than MAX_IMAGE_BYTES; a JPEG that is cut off, or has more than 100 scans. Other types
+            are left to their decoders, which do notice.
     """
+    check_image_size(len(content))
     header = image_header(content)
     if header.width * header.height > max_megapixels * 1e6:
         raise BadSample(
@@ -79,8 +89,18 @@ def checked_header(content: bytes, max_megapixels: float) -> ImageHeader:
             f" {max_megapixels:g} megapixels"
         )
     if header.kind == "jpg":
-        _check_jpeg_is_whole(content)
+        _check_jpeg_scans(content)
     return header
+
+
+def check_image_size(num_bytes: int) -> None:
+    """Whether the file of a picture may be read.
+
+    Raises:
+        BadSample: it has more than MAX_IMAGE_BYTES.
+    """
+    if num_bytes > MAX_IMAGE_BYTES:
+        raise BadSample(f"picture of {num_bytes} bytes is larger than {MAX_IMAGE_BYTES} bytes")
 
 
 def _jpeg_header(content: bytes) -> ImageHeader:
@@ -98,8 +118,8 @@ def _jpeg_header(content: bytes) -> ImageHeader:
         position = end
 
 
-def _check_jpeg_is_whole(content: bytes) -> None:
-    position = 2
+def _check_jpeg_scans(content: bytes) -> None:
+    position, num_scans = 2, 0
     try:
         while True:
             marker, position = _jpeg_marker(content, position)
@@ -107,6 +127,9 @@ def _check_jpeg_is_whole(content: bytes) -> None:
                 return
             position = _after_jpeg_segment(content, marker, position)
             if marker == _JPEG_SCAN:
+                num_scans += 1
+                if num_scans > _MAX_JPEG_SCANS:
+                    raise BadSample(f"jpg picture has more than {_MAX_JPEG_SCANS} scans")
                 after_scan = _JPEG_AFTER_SCAN.search(content, position)
                 position = after_scan.start() if after_scan else len(content)
     except (struct.error, IndexError):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from magneto_dist.data.image_bytes import ImageHeader, image_header
+from magneto_dist.data.image_bytes import ImageHeader, check_image_size, image_header
 from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shard_index import ShardIndex
 from magneto_dist.data.shards import Dataset, Shard
@@ -122,6 +122,7 @@ def _header(dataset: Dataset, shard: Shard, index: ShardIndex, row: int) -> Imag
     try:
         return image_header(dataset.tar_storage.read(shard.file, offset, min(size, _HEADER_BYTES)))
     except BadSample:
+        check_image_size(size)
         return image_header(dataset.tar_storage.read(shard.file, offset, size))
 
 

@@ -10,6 +10,8 @@ import json
 import re
 from dataclasses import dataclass
 
+MAX_ANNOTATION_BYTES = 1 << 24
+"""A thousand times what tags take; parsed, JSON takes several times its bytes."""
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # with its extension a key fits ustar's 100 bytes
 
 
@@ -78,8 +80,10 @@ def parse_annotation(
         The tags in order and whether each is important; None where the sample is unlabelled.
 
     Raises:
-        BadSample: no JSON of that form, no tag at all, or lists of different lengths.
+        BadSample: no JSON of that form, no tag at all, lists of different lengths, or more than
+            MAX_ANNOTATION_BYTES.
     """
+    check_annotation_size(len(content))
     try:
         text = content.decode("utf-8")
         annotation = _JSON.decode(text)
@@ -104,6 +108,18 @@ def parse_annotation(
     for tag, flag in zip(tags, important, strict=True):
         merged[tag] = merged.get(tag, False) or bool(flag)
     return tuple(merged), tuple(merged.values())
+
+
+def check_annotation_size(num_bytes: int) -> None:
+    """Whether an annotation may be read.
+
+    Raises:
+        BadSample: it has more than MAX_ANNOTATION_BYTES.
+    """
+    if num_bytes > MAX_ANNOTATION_BYTES:
+        raise BadSample(
+            f"annotation of {num_bytes} bytes is larger than {MAX_ANNOTATION_BYTES} bytes"
+        )
 
 
 def annotation_bytes(sample: Sample) -> bytes:

@@ -20,12 +20,15 @@ import numpy as np
 from jaxtyping import Int64
 
 from magneto_dist.batch import Reject
-from magneto_dist.data.sample import BadSample, Sample
-from magneto_dist.data.shard_index import ShardIndex
+from magneto_dist.data.image_bytes import check_image_size
+from magneto_dist.data.sample import BadSample, Sample, check_annotation_size
+from magneto_dist.data.shard_index import ShardIndex, index_name
 from magneto_dist.data.shards import Dataset, Shard
 from magneto_dist.data.step_log import StepLog, read_entries
 from magneto_dist.errors import InputError
 from magneto_dist.vocabulary import Vocabulary
+
+_MAX_GAP_BYTES = 1 << 20  # between members that are read at once: it is read, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class RawSample:
     shard: str
     image: bytes | None
     annotation: bytes
+    refused: str | None = None
+    """Why its bytes were not even read; None: they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,49 +91,73 @@ class SampleReader:
         Raises:
             InputError: a shard or its index cannot be read.
         """
-        sample_ids = np.sort(sample_ids)
-        shard_of_sample = np.searchsorted(self._ends, sample_ids, side="right")
-        for sample_id, k in zip(sample_ids.tolist(), shard_of_sample.tolist(), strict=True):
-            shard = self._shards[k]
-            row = sample_id - int(self._ends[k]) + shard.num_samples
+        for sample_id, shard, index, row in self.locate(sample_ids):
             try:
-                yield self._read(sample_id, shard, row)
+                yield self._read(sample_id, shard, index, row)
             except OSError as error:
                 raise InputError(
                     f"{self.dataset.tar_storage.where(shard.file)}: sample {row} cannot be read"
                     f" ({error}); check the data set with `shards.py verify`"
                 ) from None
 
+    def locate(
+        self, sample_ids: Int64[np.ndarray, " sample"]
+    ) -> Iterator[tuple[int, Shard, ShardIndex, int]]:
+        """Id, shard, index of the shard and row in it, in the order of the ids; reads no tar.
+
+        Raises:
+            InputError: an index cannot be read.
+        """
+        sample_ids = np.sort(sample_ids)
+        shard_of_sample = np.searchsorted(self._ends, sample_ids, side="right")
+        for sample_id, k in zip(sample_ids.tolist(), shard_of_sample.tolist(), strict=True):
+            shard = self._shards[k]
+            row = sample_id - int(self._ends[k]) + shard.num_samples
+            yield sample_id, shard, self._index(shard), row
+
     def files(self, sample_ids: Int64[np.ndarray, " sample"]) -> list[str]:
         """The tars that these samples lie in."""
         shard_of_sample = np.searchsorted(self._ends, sample_ids[sample_ids >= 0], side="right")
         return [self._shards[k].file for k in np.unique(shard_of_sample).tolist()]
 
-    def _read(self, sample_id: int, shard: Shard, row: int) -> RawSample:
-        index = self._index(shard)
+    def _read(self, sample_id: int, shard: Shard, index: ShardIndex, row: int) -> RawSample:
         annotation = index.annotation_offset.item(row), index.annotation_size.item(row)
         image = index.image_offset.item(row), index.image_size.item(row)
         has_image = self._with_images and image[1] > 0
-        # The members of a sample are neighbours: one read, of little more than both.
+        try:
+            check_annotation_size(annotation[1])
+            if has_image:
+                check_image_size(image[1])
+        except BadSample as error:
+            return RawSample(sample_id, index.keys[row], shard.name, None, b"", error.reason)
         members = [annotation, image] if has_image else [annotation]
-        start = min(offset for offset, _ in members)
-        end = max(offset + size for offset, size in members)
-        content = self.dataset.tar_storage.read(shard.file, start, end - start)
-
-        def member(offset: int, size: int) -> bytes:
-            return content[offset - start : offset - start + size]
-
+        content, *images = self._contents(shard.file, members)
         return RawSample(
             sample_id,
             index.keys[row],
             shard.name,
-            image=member(*image) if has_image else None,
-            annotation=member(*annotation),
+            image=images[0] if has_image else None,
+            annotation=content,
         )
+
+    def _contents(self, file: str, members: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Of members (offset, size): by one read where they are neighbours, as in most tars."""
+        storage = self.dataset.tar_storage
+        start = min(offset for offset, _ in members)
+        end = max(offset + size for offset, size in members)
+        if end - start - sum(size for _, size in members) > _MAX_GAP_BYTES:
+            return [storage.read(file, offset, size) for offset, size in members]
+        content = storage.read(file, start, end - start)
+        return [content[offset - start : offset - start + size] for offset, size in members]
 
     def _index(self, shard: Shard) -> ShardIndex:
         if shard.name not in self._indexes:
-            index = ShardIndex.read(self.dataset.storage, shard.name)
+            try:
+                index = ShardIndex.read(self.dataset.storage, shard.name)
+            except OSError as error:
+                raise InputError(
+                    f"{self.dataset.root}/{index_name(shard.name)}: cannot be read ({error})"
+                ) from None
             if index.num_samples != shard.num_samples:
                 raise InputError(
                     f"{self.dataset.root}/{shard.name}: its index has {index.num_samples} samples,"
@@ -195,9 +224,11 @@ def parse(
     read_annotation: Callable[[bytes], tuple[tuple[str, ...], tuple[bool, ...] | None]],
     rejects: dict[int, Reject],
 ) -> Iterator[Record]:
-    """Records of the samples whose annotation is sound; the others go to `rejects` by id."""
+    """Records of samples that were read and have a sound annotation; others go to `rejects`."""
     for raw in samples:
         try:
+            if raw.refused is not None:
+                raise BadSample(raw.refused)
             tags, important = read_annotation(raw.annotation)
         except BadSample as error:
             rejects[raw.sample_id] = Reject(raw.key, raw.shard, str(error))

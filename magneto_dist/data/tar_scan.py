@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, cast
 
-from magneto_dist.data.image_bytes import checked_header
+from magneto_dist.data.image_bytes import MAX_IMAGE_BYTES, checked_header
 from magneto_dist.data.parallel import Tick
 from magneto_dist.data.sample import AnnotationFields, BadSample, parse_annotation
 from magneto_dist.data.shard_index import Member
@@ -24,7 +24,6 @@ from magneto_dist.errors import InputError
 
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<extension>[^/]+)", re.DOTALL)
 """WebDataset's rule: the key ends at the first dot of the file name."""
-_MAX_MEMBER_BYTES = 1 << 28
 _BLOCK_BYTES = 512
 
 
@@ -111,7 +110,7 @@ class TarScan:
                     current = key
                     if extension not in (*self.image_keys, self.annotation_key):
                         continue
-                    if info.size > _MAX_MEMBER_BYTES:
+                    if info.size > MAX_IMAGE_BYTES:
                         skipped.append((f"{name}/{info.name[:200]}", f"has {info.size} bytes"))
                         continue
                     content = tar.extractfile(info)

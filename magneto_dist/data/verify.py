@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from magneto_dist.data.decode_cpu import check_image_decodes
-from magneto_dist.data.image_bytes import DEFAULT_MAX_MEGAPIXELS, IMAGE_KINDS
+from magneto_dist.data.image_bytes import (
+    DEFAULT_MAX_MEGAPIXELS,
+    IMAGE_KINDS,
+    check_image_size,
+)
 from magneto_dist.data.parallel import Tick, run_tasks
-from magneto_dist.data.sample import BadSample, valid_key
+from magneto_dist.data.sample import BadSample, check_annotation_size, valid_key
 from magneto_dist.data.shard_index import Member, ShardIndex, index_bytes, index_name
 from magneto_dist.data.shards import DATASET_FILE, Dataset, Shard
 from magneto_dist.errors import InputError
@@ -199,6 +203,8 @@ def _contents(path: Path, members: list[Member]) -> dict[str, bytes]:
     contents = {}
     with path.open("rb") as file:
         for member in members:
+            check_size = check_annotation_size if member.extension == "json" else check_image_size
+            check_size(member.size)
             file.seek(member.offset)
             contents[member.extension] = file.read(member.size)
     return contents

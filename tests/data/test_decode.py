@@ -8,7 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pictures import PICTURES, encoded, jpeg_that_claims, png_that_claims, turned
+from pictures import (
+    PICTURES,
+    encoded,
+    jpeg_that_claims,
+    jpeg_with_scans,
+    png_that_claims,
+    png_with_two_headers,
+    turned,
+    webp_that_claims,
+)
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
@@ -181,6 +190,9 @@ BAD = {
     "no end": GOOD[:-2],
     "half progressive": photo(4, progressive=True)[:MIDDLE],
     "bomb": jpeg_that_claims(65_500, 65_500),
+    "scans": jpeg_with_scans(3000),
+    "two sizes": png_with_two_headers(40, 40),
+    "other canvas": webp_that_claims(40, 40),
     "header only": png_that_claims(50, 50),
     "no tables": GOOD.replace(b"\xff\xdb", b"\xff\xfe"),
     "half a png": encoded(40, 40, "PNG")[:2000],

@@ -5,9 +5,18 @@ import io
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from pictures import PICTURES, encoded, jpeg_that_claims, png_that_claims, turned
+from pictures import (
+    PICTURES,
+    encoded,
+    jpeg_that_claims,
+    jpeg_with_scans,
+    png_that_claims,
+    turned,
+    webp_that_claims,
+)
 from PIL import Image
 
+from magneto_dist.data import image_bytes
 from magneto_dist.data.decode_cpu import check_image_decodes
 from magneto_dist.data.image_bytes import checked_header, image_header
 from magneto_dist.data.sample import BadSample
@@ -57,7 +66,12 @@ def test_no_bytes_do_more_than_be_bad(start, rest):
 
 
 @pytest.mark.parametrize(
-    "bomb", [png_that_claims(100_000, 100_000), jpeg_that_claims(65_500, 65_500)]
+    "bomb",
+    [
+        png_that_claims(100_000, 100_000),
+        jpeg_that_claims(65_535, 65_535),
+        webp_that_claims(65_535, 65_535),
+    ],
 )
 def test_bomb_is_refused_by_its_header(bomb):
     assert len(bomb) < 1000
@@ -65,6 +79,21 @@ def test_bomb_is_refused_by_its_header(bomb):
         checked_header(bomb, 100.0)
     with pytest.raises(BadSample, match=r"larger than 100 megapixels"):
         check_image_decodes(bomb, 100.0)
+
+
+def test_jpeg_of_more_scans_than_any_encoder_writes_is_refused():
+    assert check_image_decodes(jpeg_with_scans(100), 1.0).kind == "jpg"
+    for num_scans in (101, 5000):
+        with pytest.raises(BadSample, match="more than 100 scans"):
+            checked_header(jpeg_with_scans(num_scans), 1.0)
+
+
+def test_file_too_large_to_be_read_is_refused(monkeypatch):
+    content = encoded(20, 20, "PNG")
+    monkeypatch.setattr(image_bytes, "MAX_IMAGE_BYTES", len(content))
+    checked_header(content, 1.0)
+    with pytest.raises(BadSample, match=f"{len(content) + 1} bytes is larger than {len(content)}"):
+        checked_header(content + b"x", 1.0)
 
 
 def test_size_limit_is_inclusive():

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_data import NUM_SAMPLES, key_of, make_sample, read_jsonl
+from small_data import NUM_SAMPLES, key_of, make_sample, picture, read_jsonl
 
 from magneto_dist.batch import Reject
+from magneto_dist.data.indexing import index_tars
 from magneto_dist.data.shards import Dataset
+from magneto_dist.data.storage import Storage
 from magneto_dist.data.stream import Ledger, Quarantine, Record, SampleReader, load_rows
 from magneto_dist.errors import InputError
 
@@ -122,6 +126,50 @@ def test_a_shard_that_vanishes_or_shrinks_is_one_clear_line_with_its_name(damage
     )
     with pytest.raises(InputError, match=r"its index has 4 samples, dataset.json says 7"):
         load(dataset, [21])
+
+
+@pytest.mark.parametrize(("gap_bytes", "num_reads"), [(1000, 1), (64 << 20, 2)])
+def test_what_others_put_between_two_members_is_not_read(
+    tmp_path, monkeypatch, gap_bytes, num_reads
+):
+    image = picture(np.random.default_rng(0))
+    annotation = b'{"tags": ["red"]}'
+    with tarfile.open(tmp_path / "films.tar", "w") as tar:
+        for name, content in (("jpg", image), ("mp4", bytes(gap_bytes)), ("json", annotation)):
+            member = tarfile.TarInfo(f"a.{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    index_tars(str(tmp_path))
+    reads = []
+    read = Storage.read
+
+    def noted_read(storage: Storage, name: str, offset: int, size: int) -> bytes:
+        reads.append(size)
+        return read(storage, name, offset, size)
+
+    monkeypatch.setattr(Storage, "read", noted_read)
+    (raw,) = reader(Dataset.open(str(tmp_path))).read(np.arange(1))
+    assert (raw.image, raw.annotation) == (image, annotation)
+    assert len(reads) == num_reads
+    assert sum(reads) < len(image) + len(annotation) + 4096
+
+
+def test_members_that_are_too_large_are_refused_and_not_read(damaged):
+    sizes = {1: (2, 300 << 20), 2: (6, 20 << 20)}  # sample: word of its line, bytes
+    path = damaged.folder / "train-000000.idx"
+    lines = path.read_text().splitlines()
+    for sample_id, (word, size) in sizes.items():
+        words = lines[sample_id + 1].split()
+        lines[sample_id + 1] = " ".join([*words[:word], str(size), *words[word + 1 :]])
+    path.write_text("\n".join([*lines, ""]))
+    image, annotation, good = load(damaged.open(), [1, 2, 3])
+    for reject, sample_id, reason in (
+        (image, 1, f"picture of {300 << 20} bytes is larger than {256 << 20} bytes"),
+        (annotation, 2, f"annotation of {20 << 20} bytes is larger than {16 << 20} bytes"),
+    ):
+        assert reject == Reject(key_of(sample_id), "train-000000.tar", reason)
+    assert good.sample == make_sample(("train", 3))
+    assert isinstance(load(damaged.open(), [1], images=False)[0], Record)  # who needs it not
 
 
 def write(quarantine: Quarantine, step: int, key: str) -> None:
