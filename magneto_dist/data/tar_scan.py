@@ -2,7 +2,7 @@
 
 A tar is read once from its start to its end, from wherever it is, and hashed on the way. Nothing in
 it is trusted: links, devices and members that do not fit are left aside, nothing is unpickled or
-unpacked to disk.
+unpacked to disk. `tarfile` takes a damaged header for the end of a tar: we look at what follows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from magneto_dist.data.image_bytes import checked_header
@@ -83,9 +84,6 @@ class TarScan:
                         samples.append(self._sample(key, members))
                     except BadSample as error:
                         skipped.append((f"{name}/{key}", error.reason))
-                hashed.read_on()
-                if any(hashed.end):  # `tarfile` takes a cut-off header for the end
-                    raise self._not_whole(name, "it does not end as a tar does")
         except OSError as error:
             raise InputError(f"{self.storage.where(name)}: cannot be read: {error}") from None
         tick()
@@ -120,12 +118,15 @@ class TarScan:
                     members.append((member, content.read()))
                 if members:
                     yield str(current), members
+            file.read_on()
+            check_end(tar.offset, file.data_end, file.num_bytes)
         except (tarfile.TarError, EOFError) as error:
             raise self._not_whole(name, str(error)) from None
 
     def _not_whole(self, name: str, reason: str) -> InputError:
         return InputError(
-            f"{self.storage.where(name)}: is no whole tar ({reason}): copy it again, or remove it"
+            f"{self.storage.where(name)}: is no whole tar ({reason}): it is damaged or cut off;"
+            " copy it again, repair it, or leave it out"
         )
 
     def _sample(self, key: str, members: list[tuple[Member, bytes]]) -> ScannedSample:
@@ -143,6 +144,45 @@ class TarScan:
         return ScannedSample(key, tuple(found), tags, important)
 
 
+def members_of(path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar on disk; their contents are not read.
+
+    Raises:
+        TarError: it is no whole tar; members before the damage have been given.
+    """
+    with tarfile.open(path, "r:") as tar:
+        yield from tar
+    with path.open("rb") as file:
+        num_bytes, data_end = file.seek(min(tar.offset, path.stat().st_size)), 0
+        while content := file.read(1 << 20):
+            data_end = _data_end(content, num_bytes, data_end)
+            num_bytes += len(content)
+    check_end(tar.offset, data_end, num_bytes)
+
+
+def check_end(offset: int, data_end: int, num_bytes: int) -> None:
+    """Checks that a tar ends where reading it has stopped.
+
+    Args:
+        offset: where `tarfile` found no further header, in bytes from the start.
+        data_end: bytes up to and including the last one that is not zero.
+        num_bytes: of the tar.
+
+    Raises:
+        ReadError: no end of a tar is there, or something follows it.
+    """
+    if data_end > offset:
+        raise tarfile.ReadError(f"no header is readable at byte {offset}, but data goes on there")
+    if num_bytes < offset + _BLOCK_BYTES:
+        raise tarfile.ReadError(f"nothing marks its end at byte {offset}")
+
+
+def _data_end(content: bytes, offset: int, data_end: int) -> int:
+    """`data_end` after the content that lies at the offset."""
+    num_bytes = len(content.rstrip(b"\0"))
+    return offset + num_bytes if num_bytes else data_end
+
+
 class _Hashed:
     """A file that is hashed while it is read."""
 
@@ -150,14 +190,14 @@ class _Hashed:
         self._file = file
         self.sha256 = hashlib.sha256()
         self.num_bytes = 0
-        self.end = b""
-        """The last bytes so far; zeros at the end of a tar."""
+        self.data_end = 0
+        """Bytes up to and including the last one so far that is not zero."""
 
     def read(self, size: int) -> bytes:
         content = self._file.read(size)
         self.sha256.update(content)
+        self.data_end = _data_end(content, self.num_bytes, self.data_end)
         self.num_bytes += len(content)
-        self.end = (self.end + content)[-_BLOCK_BYTES:]
         return content
 
     def read_on(self) -> None:

@@ -142,7 +142,9 @@ def test_link_in_a_tar_is_found(folder):
 def test_changed_byte_is_found_by_the_hash(folder):
     path = folder / "train-000001.tar"
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1  # in the padding: no sample is hurt
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    content[last.offset_data + last.size] ^= 1  # in the padding: no sample is hurt
     path.write_bytes(content)
     assert damages(folder) == [
         Damage("train-000001.tar", None, "its SHA-256 is not the one in dataset.json")
