@@ -25,6 +25,7 @@ from magneto_dist.errors import InputError
 
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<extension>[^/]+)", re.DOTALL)
 """WebDataset's rule: the key ends at the first dot of the file name."""
+_NO_FILE = "is no file of a sample"
 _MAX_MEMBER_BYTES = 1 << 28
 _BLOCK_BYTES = 512
 
@@ -98,9 +99,10 @@ class TarScan:
             with tarfile.open(fileobj=cast(BinaryIO, file), mode="r|") as tar:
                 for info in tar:
                     match = _MEMBER.fullmatch(info.name)
-                    if not info.isreg() or match is None:
+                    if not is_plain_file(info) or match is None:
                         if not info.isdir():
-                            skipped.append((f"{name}/{info.name[:200]}", "is no file of a sample"))
+                            reason = "is a sparse file" if info.issparse() else _NO_FILE
+                            skipped.append((f"{name}/{info.name[:200]}", reason))
                         continue
                     key, extension = match["key"], match["extension"].lower()
                     if key != current and members:
@@ -142,6 +144,11 @@ class TarScan:
             found.insert(0, image._replace(extension=header.kind))
         tags = tuple(map(sys.intern, tags))  # the same few in millions of samples
         return ScannedSample(key, tuple(found), tags, important)
+
+
+def is_plain_file(info: tarfile.TarInfo) -> bool:
+    """Whether the bytes in the tar are the file; of a sparse one the holes are not there."""
+    return info.isreg() and not info.issparse()
 
 
 def members_of(path: Path) -> Iterator[tarfile.TarInfo]:

@@ -22,7 +22,7 @@ from magneto_dist.data.parallel import Tick, run_tasks
 from magneto_dist.data.sample import BadSample, valid_key
 from magneto_dist.data.shard_index import Member, ShardIndex, index_bytes, index_name
 from magneto_dist.data.shards import DATASET_FILE, Dataset, Shard
-from magneto_dist.data.tar_scan import members_of
+from magneto_dist.data.tar_scan import is_plain_file, members_of
 from magneto_dist.errors import InputError
 from magneto_dist.files import sha256_of
 
@@ -186,7 +186,8 @@ def _read_tar(path: Path, shard: str, damages: list[Damage]) -> dict[str, list[M
     try:
         for info in members_of(path):
             key, _, extension = info.name.partition(".")
-            if not info.isreg() or not valid_key(key) or extension not in (*IMAGE_KINDS, "json"):
+            is_member = extension in (*IMAGE_KINDS, "json")
+            if not is_plain_file(info) or not valid_key(key) or not is_member:
                 damages.append(Damage(shard, None, f"has the odd member {info.name[:100]!r}"))
                 continue
             member = Member(extension, info.offset_data, info.size, info.name)

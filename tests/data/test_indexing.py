@@ -176,6 +176,35 @@ def test_bad_samples_are_listed_and_too_many_are_an_error(tmp_path):
     assert keys == {"good", "code", "evil"}
 
 
+def test_sparse_members_are_left_out_by_name(tmp_path):
+    # In the tar a sparse file is a map of its parts, then the parts: no offset leads to its bytes.
+    path = write_tar(tmp_path / "1.tar", sample("good", tags=["x"]))
+    contents = {"image.jpg": PICTURE, "image.json": b'{"tags": ["x"]}'}
+    contents |= {"annotation.jpg": PICTURE, "annotation.json": b'{"tags": ["y"]}'}
+    with tarfile.open(path, "a") as tar:
+        for name, content in contents.items():
+            info = tarfile.TarInfo(name)
+            if name in ("image.jpg", "annotation.json"):
+                info.pax_headers = {
+                    "GNU.sparse.major": "1",
+                    "GNU.sparse.minor": "0",
+                    "GNU.sparse.name": name,
+                    "GNU.sparse.realsize": str(len(content)),
+                }
+                content = f"1\n0\n{len(content)}\n".encode().ljust(512, b"\0") + content
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    written, skipped = index_tars(str(tmp_path), max_skipped_fraction=0.9)
+    assert written == 1
+    assert dict(skipped) == {
+        "1.tar/image.jpg": "is a sparse file",
+        "1.tar/image": "has no picture",
+        "1.tar/annotation.json": "is a sparse file",
+        "1.tar/annotation": "has 1 pictures and 0 annotations",
+    }
+    assert Dataset.open(str(tmp_path)).vocabulary.tags == ("x",)
+
+
 @pytest.mark.parametrize("keep", [700, 1500, 3333])
 def test_cut_off_tar_is_an_error_that_names_it(tars, keep):
     path = tars / "web-00001.tar"
