@@ -6,6 +6,7 @@ picture only the second half. Offsets count bytes from the start of the tar to a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
@@ -120,6 +121,9 @@ class ShardIndex:
         keys = [name.removesuffix(b".json") for name in names]
         if not all(map(valid_key, map(_ascii, keys))):
             raise FormatError("has a key that is not made of letters, digits, '_' and '-'")
+        if len(set(keys)) < count:
+            twice = next(key for key, number in Counter(keys).items() if number > 1)
+            raise FormatError(f"has the key {_ascii(twice)!r} twice")
         kinds = {kind.encode(): number for number, kind in enumerate(IMAGE_KINDS)}
         zeros = np.zeros(count, dtype=np.int64)
         try:

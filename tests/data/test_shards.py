@@ -151,6 +151,10 @@ def test_index_that_is_absent_or_broken_is_named(folder):
     (folder / "train-000000.idx").write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"train-000000\.idx: does not begin"):
         ShardIndex.read(dataset.storage, "train-000000.tar")
+    index = index_bytes([[Member("json", 512, 9, "k1.json")]] * 2)
+    (folder / "train-000000.idx").write_bytes(index)
+    with pytest.raises(InputError, match=r"train-000000\.idx: has the key 'k1' twice"):
+        ShardIndex.read(dataset.storage, "train-000000.tar")
     (folder / "train-000000.idx").unlink()
     with pytest.raises(InputError, match=r"train-000000\.idx: does not exist"):
         ShardIndex.read(dataset.storage, "train-000000.tar")
@@ -178,6 +182,7 @@ GOOD = b"jpg 512 9 k1.jpg json 1536 7 k1.json\n"
         (b"v1.2 1\njpg 512 9 k1.jpg json 1536 99999999999999999999 k1.json\n", "odd member"),
         (b"v1.2 1\njpg 512 9 k1.jpg json 1536 7 ../k1.json\n", "has a key"),
         (b"v1.2 1\njpg 512 9 k1.jpg json 1536 7 k\xff.json\n", "has a key"),
+        (b"v1.2 2\n" + GOOD + GOOD, "has the key 'k1' twice"),
     ],
 )
 def test_broken_index_is_refused(content, message):
