@@ -17,13 +17,9 @@ from jaxtyping import Int64, UInt8
 from magneto_dist.data.image_bytes import IMAGE_KINDS
 from magneto_dist.data.sample import valid_key
 from magneto_dist.data.storage import Storage
-from magneto_dist.errors import InputError
+from magneto_dist.errors import FormatError, InputError
 
 _NO_IMAGE = len(IMAGE_KINDS)  # in ShardIndex.image_kind
-
-
-class FormatError(Exception):
-    """What is wrong with a file, without its name."""
 
 
 class Member(NamedTuple):
@@ -91,13 +87,17 @@ class ShardIndex:
         """Reads the index that lies beside the shard of that name.
 
         Raises:
-            InputError: absent, or not of this format.
+            InputError: absent, not of this format, or not the one that `dataset.json` speaks of.
         """
         name = index_name(shard)
         try:
-            return cls.from_bytes(storage.read_file(name))
+            return storage.parse_file(name, cls.from_bytes)
         except FormatError as error:
-            raise InputError(f"{storage.root}/{name}: {error}; build the data set again") from None
+            raise InputError(
+                f"{storage.where(name)}: {error}; copy it again, or build the data set again"
+            ) from None
+        except OSError as error:
+            raise InputError(f"{storage.where(name)}: cannot be read: {error}") from None
 
     @classmethod
     def from_bytes(cls, content: bytes) -> ShardIndex:

@@ -23,7 +23,7 @@ from magneto_dist.data.sample import BadSample, valid_key
 from magneto_dist.data.shard_index import Member, ShardIndex, index_bytes, index_name
 from magneto_dist.data.shards import DATASET_FILE, Dataset, Shard
 from magneto_dist.data.tar_scan import is_plain_file, members_of
-from magneto_dist.errors import InputError
+from magneto_dist.errors import FormatError, InputError
 from magneto_dist.files import sha256_of
 
 
@@ -114,10 +114,13 @@ class _ShardCheck:
 
     def _index_damages(self, shard: Shard, samples: dict[str, list[Member]]) -> Iterator[Damage]:
         name = index_name(shard.name)
+        if not self.dataset.storage.exists(name):
+            yield Damage(shard.name, None, f"its index {name} does not exist")
+            return
         try:
             found = self.dataset.storage.read_file(name).splitlines()
-        except InputError:
-            yield Damage(shard.name, None, f"its index {name} does not exist")
+        except FormatError as error:
+            yield Damage(shard.name, None, f"its index {name} is no good: {error}")
             return
         expected = index_bytes([_image_first(members) for members in samples.values()]).splitlines()
         if found != expected:

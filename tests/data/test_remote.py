@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -9,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from faulty_server import FAULTS, FaultyServer, serving
-from small_data import NUM_SAMPLES, key_of, read_jsonl
+from small_data import NUM_SAMPLES, VOCABULARY, key_of, read_jsonl
 
 from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig, TrainConfig
 from magneto_dist.data.indexing import index_tars
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
-from magneto_dist.data.shards import Dataset
+from magneto_dist.data.shards import Dataset, ShardIndex
 from magneto_dist.data.storage import Storage
 from magneto_dist.errors import InputError
 from magneto_dist.world import World
@@ -53,6 +54,45 @@ def test_every_fault_is_survived(server, tmp_path, fault):
     dataset = Dataset.open(server.url, cache_dir=str(tmp_path))
     assert keys_of_an_epoch(loader(dataset, num_workers=0)) == KEYS
     assert server.done[fault] >= 2
+
+
+@pytest.mark.parametrize("fault", ["short", "flipped"])
+def test_spoiled_indexes_and_vocabulary_are_asked_for_again(server, tmp_path, fault):
+    server.faults, server.probability = (fault,), 1.0  # each file is good at the third time
+    dataset = Dataset.open(server.url, cache_dir=str(tmp_path))
+    assert dataset.vocabulary.tags == VOCABULARY.tags
+    assert server.asked["vocabulary.txt"] == 3
+    assert ShardIndex.read(dataset.storage, "train-000003.tar").keys[0] == key_of(21)
+    assert server.asked["train-000003.idx"] == 3
+    assert server.asked["dataset.json"] == (3 if fault == "short" else 1)
+
+
+def test_index_is_asked_for_once(server, tmp_path):
+    for _ in range(2):
+        dataset = Dataset.open(server.url, cache_dir=str(tmp_path))
+        assert ShardIndex.read(dataset.storage, "train-000001.tar").num_samples == 7
+    assert server.asked["train-000001.idx"] == 1
+    (path,) = tmp_path.glob("*/*.idx")
+    path.unlink()  # to make room
+    assert ShardIndex.read(dataset.storage, "train-000001.tar").num_samples == 7
+
+
+def test_spoiled_files_for_good_are_one_error_each(small_dataset_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("magneto_dist.data.network._FIRST_PAUSE_S", 0.001)
+    folder = tmp_path / "copy"
+    shutil.copytree(small_dataset_dir, folder)
+    (folder / "train-000001.idx").write_bytes(b"v1.2 0\n")
+    with serving(folder) as server:
+        dataset = Dataset.open(server.url, cache_dir=str(tmp_path / "cache"))
+        with pytest.raises(InputError, match=r"train-000001\.idx: cannot be read: .* 7 of \d+ byt"):
+            ShardIndex.read(dataset.storage, "train-000001.tar")
+        (folder / "vocabulary.txt").write_bytes(b"sea\nsea\n")
+        with pytest.raises(InputError, match=r"/vocabulary\.txt: .*'sea' occurs twice"):
+            Dataset.open(server.url)
+        (folder / "dataset.json").write_bytes(b"<!DOCTYPE html>")
+        with pytest.raises(InputError, match=r"/dataset\.json: is not JSON"):
+            Dataset.open(server.url)
+        assert 1 < server.asked["dataset.json"] < 10
 
 
 def test_run_over_a_bad_network_trains_on_every_sample_once(server, tmp_path):
