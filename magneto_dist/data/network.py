@@ -67,13 +67,14 @@ def retried(url: str, ask: Callable[[], Answer], attempts: int | None = None) ->
     for attempt in range(attempts):
         try:
             return ask()
-        except FileNotFoundError:
-            raise InputError(f"{url}: does not exist") from None
         except FormatError:
             num_spoiled += 1
             if num_spoiled == _SPOILED_ATTEMPTS or attempt == attempts - 1:
                 raise
-        except Exception as error:  # every client has its own errors of the network
+        except Exception as raised:  # every client has its own errors of the network
+            error = _cause(url, raised)
+            if isinstance(error, FileNotFoundError):
+                raise InputError(f"{url}: does not exist") from None
             if attempt == attempts - 1 or _is_refusal(error):
                 raise OSError(f"{url}: {type(error).__name__}: {error}") from error
         time.sleep(min(_FIRST_PAUSE_S * 3.0**attempt, _LONGEST_PAUSE_S))
@@ -106,7 +107,15 @@ def fetch(url: str, max_bytes: int, attempts: int) -> bytes:
     return content
 
 
-def _is_refusal(error: Exception) -> bool:
+def _cause(url: str, error: Exception) -> BaseException:
+    """What went wrong: HTTP's client calls whatever kept it from a size FileNotFoundError."""
+    cause = error.__cause__
+    if not url.startswith("http") or not isinstance(error, FileNotFoundError) or cause is None:
+        return error
+    return error if getattr(cause, "status", None) in (404, 410) else cause
+
+
+def _is_refusal(error: BaseException) -> bool:
     """Whether asking again would get the same answer."""
     status = getattr(error, "status", None)
     has_been_refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)

@@ -150,19 +150,39 @@ class Storage:
             raise FormatError(_OTHER_SHA256)
         return content
 
-    def stream(self, name: str) -> BinaryIO:
-        """The file `name`, to be read once from its start to its end; nothing is kept.
+    def read_through(self, name: str, read: Callable[[BinaryIO], Result]) -> Result:
+        """What `read` makes of the file `name`, of which nothing is kept.
+
+        Args:
+            name: of the file.
+            read: reads the file once, from its start to its end; raises FormatError for content
+                that is no good. Called anew where the network fails.
 
         Raises:
-            InputError: the file is absent.
+            InputError: the file is absent, or the server does not tell its size.
+            FormatError: of `read`.
             OSError: it cannot be read.
         """
-        if self.is_remote:
-            return self._request(name, lambda fs, url: fs.open(url, block_size=_BLOCK_BYTES))
-        try:
-            return self._local(name).open("rb")
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{self.where(name)}: does not exist") from None
+        if not self.is_remote:
+            try:
+                file = self._local(name).open("rb")
+            except (FileNotFoundError, NotADirectoryError):
+                raise InputError(f"{self.where(name)}: does not exist") from None
+            with file:
+                return read(file)
+        num_bytes = self.size(name)
+        options: dict[str, int] = {"block_size": _BLOCK_BYTES}
+        if self.root.startswith("http"):  # one request for all, because not every server has ranges
+            options = {"block_size": 0, "size": num_bytes}
+
+        def ask(fs: Any, url: str) -> Result:
+            with fs.open(url, **options) as file:
+                result = read(file)
+                if file.tell() != num_bytes:
+                    raise OSError(f"gave {file.tell()} of {num_bytes} bytes")
+                return result
+
+        return self._request(name, ask)
 
     def names(self) -> list[str]:
         """The files directly in the folder or under the URL, as far as it can list them.
@@ -197,10 +217,10 @@ class Storage:
                 return self._local(name).stat().st_size
             except (FileNotFoundError, NotADirectoryError):
                 raise InputError(f"{self.where(name)}: does not exist") from None
-        size = self._request(name, lambda fs, url: fs.size(url))
-        if size is None:
-            raise InputError(f"{self.where(name)}: the server does not tell its size")
-        return size
+        try:
+            return self._request(name, lambda fs, url: _known(fs.size(url)))
+        except FormatError as error:
+            raise InputError(f"{self.where(name)}: {error}") from None
 
     def local_path(self, name: str) -> Path:
         """The file `name` on this machine, downloaded first where it must be.
@@ -293,6 +313,12 @@ class _OpenFile:
             pieces.append(piece)
             offset, size = offset + len(piece), size - len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _known(size: int | None) -> int:
+    if size is None:  # a spoiled answer may lack it, too
+        raise FormatError("the server does not tell its size")
+    return size
 
 
 def _check_name(name: str) -> None:

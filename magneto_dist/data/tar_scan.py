@@ -2,7 +2,8 @@
 
 A tar is read once from its start to its end, from wherever it is, and hashed on the way. Nothing in
 it is trusted: links, devices and members that do not fit are left aside, nothing is unpickled or
-unpacked to disk. `tarfile` takes a damaged header for the end of a tar: we look at what follows.
+unpacked to disk. Where the network fails, the tar is read anew. `tarfile` takes a damaged header
+for the end of a tar: we look at what follows.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from magneto_dist.data.parallel import Tick
 from magneto_dist.data.sample import AnnotationFields, BadSample, parse_annotation
 from magneto_dist.data.shard_index import Member
 from magneto_dist.data.storage import Storage
-from magneto_dist.errors import InputError
+from magneto_dist.errors import FormatError, InputError
 
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<extension>[^/]+)", re.DOTALL)
 """WebDataset's rule: the key ends at the first dot of the file name."""
 _NO_FILE = "is no file of a sample"
 _MAX_MEMBER_BYTES = 1 << 28
 _BLOCK_BYTES = 512
+_READ_BYTES = 1 << 20
 
 
 class ScannedSample(NamedTuple):
@@ -71,24 +73,32 @@ class TarScan:
 
     def __call__(self, name: str, tick: Tick) -> ScannedTar:
         """All samples of the tar `name`; ticks at the end."""
+        where = self.storage.where(name)
+        try:
+            scanned = self.storage.read_through(name, lambda file: self._scan(_Hashed(file), name))
+        except FormatError as error:
+            raise InputError(
+                f"{where}: {error}: it is damaged or cut off; copy it again, repair it, or leave"
+                " it out"
+            ) from None
+        except OSError as error:
+            raise InputError(f"{where}: cannot be read: {error}") from None
+        tick()
+        return scanned
+
+    def _scan(self, file: _Hashed, name: str) -> ScannedTar:
         samples: list[ScannedSample] = []
         skipped: list[tuple[str, str]] = []
         seen: set[str] = set()
-        try:
-            with self.storage.stream(name) as file:
-                hashed = _Hashed(file)
-                for key, members in self._samples(hashed, name, skipped):
-                    try:
-                        if key in seen:
-                            raise BadSample("its name occurs twice in this tar")
-                        seen.add(key)
-                        samples.append(self._sample(key, members))
-                    except BadSample as error:
-                        skipped.append((f"{name}/{key}", error.reason))
-        except OSError as error:
-            raise InputError(f"{self.storage.where(name)}: cannot be read: {error}") from None
-        tick()
-        return ScannedTar(name, hashed.num_bytes, hashed.sha256.hexdigest(), samples, skipped)
+        for key, members in self._samples(file, name, skipped):
+            try:
+                if key in seen:
+                    raise BadSample("its name occurs twice in this tar")
+                seen.add(key)
+                samples.append(self._sample(key, members))
+            except BadSample as error:
+                skipped.append((f"{name}/{key}", error.reason))
+        return ScannedTar(name, file.num_bytes, file.sha256.hexdigest(), samples, skipped)
 
     def _samples(
         self, file: _Hashed, name: str, skipped: list[tuple[str, str]]
@@ -96,7 +106,7 @@ class TarScan:
         """Neighbouring members of one key, with their contents."""
         current, members = None, []
         try:
-            with tarfile.open(fileobj=cast(BinaryIO, file), mode="r|") as tar:
+            with tarfile.open(fileobj=cast(BinaryIO, file), mode="r|", bufsize=_READ_BYTES) as tar:
                 for info in tar:
                     match = _MEMBER.fullmatch(info.name)
                     if not is_plain_file(info) or match is None:
@@ -123,13 +133,7 @@ class TarScan:
             file.read_on()
             check_end(tar.offset, file.data_end, file.num_bytes)
         except (tarfile.TarError, EOFError) as error:
-            raise self._not_whole(name, str(error)) from None
-
-    def _not_whole(self, name: str, reason: str) -> InputError:
-        return InputError(
-            f"{self.storage.where(name)}: is no whole tar ({reason}): it is damaged or cut off;"
-            " copy it again, repair it, or leave it out"
-        )
+            raise FormatError(f"is no whole tar ({error})") from None
 
     def _sample(self, key: str, members: list[tuple[Member, bytes]]) -> ScannedSample:
         images = [entry for entry in members if entry[0].extension != self.annotation_key]
@@ -161,7 +165,7 @@ def members_of(path: Path) -> Iterator[tarfile.TarInfo]:
         yield from tar
     with path.open("rb") as file:
         num_bytes, data_end = file.seek(min(tar.offset, path.stat().st_size)), 0
-        while content := file.read(1 << 20):
+        while content := file.read(_READ_BYTES):
             data_end = _data_end(content, num_bytes, data_end)
             num_bytes += len(content)
     check_end(tar.offset, data_end, num_bytes)
@@ -209,5 +213,5 @@ class _Hashed:
 
     def read_on(self) -> None:
         """To the end, beyond which tar has nothing to say."""
-        while self.read(1 << 20):
+        while self.read(_READ_BYTES):
             pass

@@ -95,6 +95,47 @@ def test_spoiled_files_for_good_are_one_error_each(small_dataset_dir, tmp_path, 
         assert 1 < server.asked["dataset.json"] < 10
 
 
+INDEX_OPTIONS = {"important_field": "important", "important_as": "flags"}
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "cut off", "short", "slow"])
+def test_index_over_a_bad_network_is_that_of_a_good_one(server, small_dataset_dir, tmp_path, fault):
+    index_tars(str(small_dataset_dir), tmp_path / "local", **INDEX_OPTIONS)
+    server.faults = (fault,)
+    index_tars(server.url, tmp_path / "remote", **INDEX_OPTIONS)
+    assert server.done[fault] >= 2
+    local, remote = (Dataset.open(str(tmp_path / name)) for name in ("local", "remote"))
+    assert remote.splits == local.splits  # with all hashes
+    assert remote.vocabulary.tags == local.vocabulary.tags
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("503", "cannot be read: .*503"),
+        ("reset", "cannot be read: "),
+        ("cut off", "cannot be read: .*not completed"),
+        ("short", "is no whole tar .* damaged or cut off"),
+    ],
+)
+def test_tar_that_never_arrives_whole_is_one_clear_error(
+    server, tmp_path, monkeypatch, fault, reason
+):
+    monkeypatch.setattr("magneto_dist.data.network.ATTEMPTS", 2)
+    server.faults, server.probability = (fault,), 1.0
+    with pytest.raises(InputError, match=rf"train-000002\.tar: {reason}"):
+        index_tars(f"{server.url}/train-000002.tar", tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+
+
+def test_failing_to_tell_a_size_is_not_taken_for_absence(server, monkeypatch):
+    server.faults, server.probability = ("503",), 1.0
+    assert Storage(server.url).size("train-000000.tar") > 0
+    monkeypatch.setattr("magneto_dist.data.network.ATTEMPTS", 1)
+    with pytest.raises(OSError, match="503"):
+        Storage(server.url).size("train-000001.tar")
+
+
 def test_run_over_a_bad_network_trains_on_every_sample_once(server, tmp_path):
     server.faults = FAULTS
     run(
