@@ -141,7 +141,7 @@ def measure_resume(folder: str, batch: int, num_ranks: int, rounds: int) -> dict
         started_at_s = time.perf_counter()
         dataset = Dataset.open(folder)
         order = Order(dataset.shard_sizes("train"), seed=0, shuffle=True)
-        reader = SampleReader(dataset, "train", with_images=True, max_indexes=128)
+        reader = SampleReader(dataset, "train", with_images=True)
         step = plan.steps_per_epoch(order.num_samples) * 99 // 100
         ids = np.concatenate(
             [

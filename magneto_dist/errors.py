@@ -15,6 +15,10 @@ class InputError(Exception):
     """Bad configuration or input: one line that says what, where, and what to do about it."""
 
 
+class FormatError(Exception):
+    """What is wrong with the content of a file, without its name."""
+
+
 class ReportedError(InputError):
     """An InputError that another process of the run met, and says."""
 

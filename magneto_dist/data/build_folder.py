@@ -246,7 +246,7 @@ def _read_note(out: Path, plan: ShardPlan) -> FinishedShard | None:
         return None
     if shard.num_samples == 0:
         return FinishedShard(shard, [], 0, skipped)
-    storage = Storage(str(out))
+    storage = Storage(str(out), sha256={index_name(shard.name): shard.index_sha256})
     if not storage.exists(shard.name) or storage.size(shard.name) != shard.num_bytes:
         return None
     try:

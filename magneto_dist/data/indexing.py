@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -309,7 +310,8 @@ def _write(
         shards = splits.setdefault(split, [])
         name = f"{split}-{len(shards):06}.tar"
         members = [[m._replace(name=f"{e.key}.{m.extension}") for m in e.members] for e in entries]
-        write_atomically(out / index_name(name), index_bytes(members))
+        index = index_bytes(members)
+        write_atomically(out / index_name(name), index)
         num_labelled = sum(entry.is_labelled for entry in entries)
         shards.append(
             replace(
@@ -318,6 +320,8 @@ def _write(
                 num_samples=len(entries),
                 num_labelled=num_labelled,
                 tar=shard.file,
+                index_num_bytes=len(index),
+                index_sha256=hashlib.sha256(index).hexdigest(),
             )
         )
     write_atomically(out / VOCABULARY_FILE, vocabulary.to_bytes())

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from magneto_dist.errors import InputError
+from magneto_dist.errors import FormatError, InputError
 
 Answer = TypeVar("Answer")
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "hf")
 ATTEMPTS = 8
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0  # three times as long each time: 66 s in all
+_SPOILED_ATTEMPTS = 4  # more would get the same wrong content: the server has no other
 _READ_TIMEOUT_S = 60  # between two pieces of an answer; a whole shard may take longer
 
 
@@ -53,23 +54,30 @@ def retried(url: str, ask: Callable[[], Answer], attempts: int | None = None) ->
 
     Args:
         url: what it is about, for messages.
-        ask: may be called again after an error.
+        ask: may be called again after an error; a FormatError says that the answer is no good.
         attempts: at most; None: ATTEMPTS.
 
     Raises:
         InputError: there is no such file.
+        FormatError: of `ask`, which was given no better answer.
         OSError: refused, or the last attempt has failed, too.
     """
     attempts = ATTEMPTS if attempts is None else attempts
+    num_spoiled = 0
     for attempt in range(attempts):
         try:
             return ask()
-        except FileNotFoundError:
-            raise InputError(f"{url}: does not exist") from None
-        except Exception as error:  # every client has its own errors of the network
+        except FormatError:
+            num_spoiled += 1
+            if num_spoiled == _SPOILED_ATTEMPTS or attempt == attempts - 1:
+                raise
+        except Exception as raised:  # every client has its own errors of the network
+            error = _cause(url, raised)
+            if isinstance(error, FileNotFoundError):
+                raise InputError(f"{url}: does not exist") from None
             if attempt == attempts - 1 or _is_refusal(error):
                 raise OSError(f"{url}: {type(error).__name__}: {error}") from error
-            time.sleep(min(_FIRST_PAUSE_S * 3.0**attempt, _LONGEST_PAUSE_S))
+        time.sleep(min(_FIRST_PAUSE_S * 3.0**attempt, _LONGEST_PAUSE_S))
     raise AssertionError("unreachable")
 
 
@@ -99,7 +107,15 @@ def fetch(url: str, max_bytes: int, attempts: int) -> bytes:
     return content
 
 
-def _is_refusal(error: Exception) -> bool:
+def _cause(url: str, error: Exception) -> BaseException:
+    """What went wrong: HTTP's client calls whatever kept it from a size FileNotFoundError."""
+    cause = error.__cause__
+    if not url.startswith("http") or not isinstance(error, FileNotFoundError) or cause is None:
+        return error
+    return error if getattr(cause, "status", None) in (404, 410) else cause
+
+
+def _is_refusal(error: BaseException) -> bool:
     """Whether asking again would get the same answer."""
     status = getattr(error, "status", None)
     has_been_refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)

@@ -1,4 +1,6 @@
-"""Shards of remote data sets on this machine's disk: bounded, shared by all processes of a node.
+"""Shards of remote data sets, and their indexes, on this machine's disk.
+
+The cache is bounded, and shared by all processes of a node.
 
 1. A shard that is there is used, and marked as used.
 2. Else one process takes the shard's lock; the others wait for it, and find the shard there.
@@ -102,7 +104,7 @@ class ShardCache:
             with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
                 status = path.stat()
                 is_abandoned = time.time() - status.st_mtime > _ABANDONED_AFTER_S
-                if path.suffix == ".tar" or (path.suffix == ".tmp" and is_abandoned):
+                if path.suffix in (".tar", ".idx") or (path.suffix == ".tmp" and is_abandoned):
                     yield status.st_mtime, status.st_size, path
 
 

@@ -6,6 +6,7 @@ picture only the second half. Offsets count bytes from the start of the tar to a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, overload
@@ -16,13 +17,9 @@ from jaxtyping import Int64, UInt8
 from magneto_dist.data.image_bytes import IMAGE_KINDS
 from magneto_dist.data.sample import valid_key
 from magneto_dist.data.storage import Storage
-from magneto_dist.errors import InputError
+from magneto_dist.errors import FormatError, InputError
 
 _NO_IMAGE = len(IMAGE_KINDS)  # in ShardIndex.image_kind
-
-
-class FormatError(Exception):
-    """What is wrong with a file, without its name."""
 
 
 class Member(NamedTuple):
@@ -90,13 +87,17 @@ class ShardIndex:
         """Reads the index that lies beside the shard of that name.
 
         Raises:
-            InputError: absent, or not of this format.
+            InputError: absent, not of this format, or not the one that `dataset.json` speaks of.
         """
         name = index_name(shard)
         try:
-            return cls.from_bytes(storage.read_file(name))
+            return storage.parse_file(name, cls.from_bytes)
         except FormatError as error:
-            raise InputError(f"{storage.root}/{name}: {error}; build the data set again") from None
+            raise InputError(
+                f"{storage.where(name)}: {error}; copy it again, or build the data set again"
+            ) from None
+        except OSError as error:
+            raise InputError(f"{storage.where(name)}: cannot be read: {error}") from None
 
     @classmethod
     def from_bytes(cls, content: bytes) -> ShardIndex:
@@ -120,6 +121,9 @@ class ShardIndex:
         keys = [name.removesuffix(b".json") for name in names]
         if not all(map(valid_key, map(_ascii, keys))):
             raise FormatError("has a key that is not made of letters, digits, '_' and '-'")
+        if len(set(keys)) < count:
+            twice = next(key for key, number in Counter(keys).items() if number > 1)
+            raise FormatError(f"has the key {_ascii(twice)!r} twice")
         kinds = {kind.encode(): number for number, kind in enumerate(IMAGE_KINDS)}
         zeros = np.zeros(count, dtype=np.int64)
         try:

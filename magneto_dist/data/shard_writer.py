@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,8 +89,17 @@ class ShardWriter(Generic[Row]):
         if not keys:
             path.unlink()
             return FinishedShard(Shard(plan.name, 0, 0, 0, ""), keys, 0, skipped)
-        write_atomically(path.with_name(index_name(plan.name)), index_bytes(index))
-        shard = Shard(plan.name, len(keys), num_labelled, path.stat().st_size, sha256_of(path))
+        content = index_bytes(index)
+        write_atomically(path.with_name(index_name(plan.name)), content)
+        shard = Shard(
+            plan.name,
+            len(keys),
+            num_labelled,
+            path.stat().st_size,
+            sha256_of(path),
+            index_num_bytes=len(content),
+            index_sha256=hashlib.sha256(content).hexdigest(),
+        )
         return FinishedShard(shard, keys, num_images, skipped)
 
     def _samples(

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from magneto_dist.data.sample import OUR_FIELDS, AnnotationFields, parse_annotation
-from magneto_dist.data.shard_index import FormatError, ShardIndex
+from magneto_dist.data.shard_index import ShardIndex, index_name
 from magneto_dist.data.storage import Storage
-from magneto_dist.errors import InputError
+from magneto_dist.errors import FormatError, InputError
 from magneto_dist.vocabulary import Vocabulary
 
 __all__ = ["SPLITS", "Dataset", "Shard", "ShardIndex", "dataset_bytes"]
@@ -46,6 +46,10 @@ class Shard:
     """Of the tar; "" where nobody has read it whole."""
     tar: str = ""
     """Name of the tar where it is another."""
+    index_num_bytes: int = 0
+    """Of the index; 0 in data sets that do not say."""
+    index_sha256: str = ""
+    """Of the index; "" in data sets that do not say."""
 
     @property
     def file(self) -> str:
@@ -96,14 +100,8 @@ class Dataset:
                 format and version; another vocabulary; a shard of another size.
         """
         storage = Storage(str(root), cache_dir, cache_gb)
-        content = _read_dataset_file(storage)
-        # Shards of another version of the data set must never come out of the cache.
-        version = hashlib.sha256(content).hexdigest()
-        storage = Storage(str(root), cache_dir, cache_gb, version)
-        try:
-            fields = _parse(content)
-        except FormatError as error:
-            raise InputError(f"{root}/{DATASET_FILE}: {error}; build the data set again") from None
+        fields, version = _read_dataset_file(storage)
+        storage = _index_storage(storage, fields, version)
         dataset = cls(
             str(root),
             fields.splits,
@@ -185,7 +183,8 @@ def dataset_bytes(
 
 
 def _shard_fields(shard: Shard) -> dict[str, Any]:
-    return {name: value for name, value in asdict(shard).items() if name != "tar" or value}
+    optional = ("tar", "index_num_bytes", "index_sha256")
+    return {name: value for name, value in asdict(shard).items() if value or name not in optional}
 
 
 class _Fields(NamedTuple):
@@ -199,9 +198,16 @@ class _Fields(NamedTuple):
     ignores_unknown_tags: bool
 
 
-def _read_dataset_file(storage: Storage) -> bytes:
+def _read_dataset_file(storage: Storage) -> tuple[_Fields, str]:
+    """What `dataset.json` says, and its SHA-256."""
     try:
-        return storage.read_file(DATASET_FILE)
+        return storage.parse_file(
+            DATASET_FILE, lambda content: (_parse(content), hashlib.sha256(content).hexdigest())
+        )
+    except FormatError as error:
+        raise InputError(
+            f"{storage.where(DATASET_FILE)}: {error}; build the data set again"
+        ) from None
     except InputError:
         raise InputError(
             f"{storage.root}: no data set there (no {DATASET_FILE}); give the folder or URL that"
@@ -230,9 +236,9 @@ def _parse(content: bytes) -> _Fields:
         _field(fields, "has_images", bool),
         {split: _parse_shards(split, _field(splits, split, list)) for split in splits},
         source if isinstance(source, dict) else {},
-        _field(fields, "tars", str) if "tars" in fields else None,
+        _optional(fields, "tars", None, str),
         _parse_annotation_fields(fields),
-        _field(fields, "ignores_unknown_tags", bool) if "ignores_unknown_tags" in fields else False,
+        _optional(fields, "ignores_unknown_tags", False, bool),
     )
 
 
@@ -259,12 +265,15 @@ def _parse_shards(split: str, entries: list) -> tuple[Shard, ...]:
             num_labelled=_field(entry, "num_labelled", int),
             num_bytes=_field(entry, "num_bytes", int),
             sha256=_field(entry, "sha256", str),
-            tar=_field(entry, "tar", str) if "tar" in entry else "",  # `Storage` judges it
+            tar=_optional(entry, "tar", "", str),  # `Storage` judges it
+            index_num_bytes=_optional(entry, "index_num_bytes", 0, int),
+            index_sha256=_optional(entry, "index_sha256", "", str),
         )
         # The name becomes part of a path or URL: nothing but ours passes.
         if re.fullmatch(rf"{split}-[0-9]{{6}}\.tar", shard.name) is None:
             raise FormatError(f"names a shard {shard.name[:100]!r}, not {split}-<6 digits>.tar")
-        if not 0 <= shard.num_labelled <= shard.num_samples or shard.num_bytes < 0:
+        sizes = (shard.num_bytes, shard.index_num_bytes)
+        if not 0 <= shard.num_labelled <= shard.num_samples or min(sizes) < 0:
             raise FormatError(f"has impossible numbers for {shard.name}")
         shards.append(shard)
     if len({shard.name for shard in shards}) != len(shards):
@@ -279,15 +288,46 @@ def _field(fields: dict, name: str, kind: type) -> Any:
     return value
 
 
+def _optional(fields: dict, name: str, default: Any, kind: type) -> Any:
+    return _field(fields, name, kind) if name in fields else default
+
+
 def _read_vocabulary(storage: Storage, fields: _Fields) -> Vocabulary:
-    vocabulary = Vocabulary.from_bytes(storage.read_file(VOCABULARY_FILE))
-    if (vocabulary.sha256, len(vocabulary)) != (fields.vocabulary_sha256, fields.num_tags):
+    def parse(content: bytes) -> Vocabulary:
+        try:
+            vocabulary = Vocabulary.from_bytes(content)
+        except InputError as error:
+            raise FormatError(str(error)) from None
+        if (vocabulary.sha256, len(vocabulary)) != (fields.vocabulary_sha256, fields.num_tags):
+            raise FormatError(
+                f"is not the vocabulary that the data set was built with ({fields.num_tags} tags,"
+                f" SHA-256 {fields.vocabulary_sha256[:12]}...)"
+            )
+        return vocabulary
+
+    where = storage.where(VOCABULARY_FILE)
+    try:
+        return storage.parse_file(VOCABULARY_FILE, parse)
+    except FormatError as error:
         raise InputError(
-            f"{storage.root}/{VOCABULARY_FILE}: is not the vocabulary that the data set was built"
-            f" with ({fields.num_tags} tags, SHA-256 {fields.vocabulary_sha256[:12]}...); put that"
-            " one back, or build the data set again"
-        )
-    return vocabulary
+            f"{where}: {error}; put that one back, or build the data set again"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read: {error}") from None
+
+
+def _index_storage(storage: Storage, fields: _Fields, version: str) -> Storage:
+    """The storage of a data set with that hash of `dataset.json`, once its indexes are known."""
+    # An index without a hash is not kept in the cache: what is wrong with it would stay.
+    shards = [s for shards in fields.splits.values() for s in shards if s.index_sha256]
+    return Storage(
+        storage.root,
+        storage.cache_dir,
+        storage.cache_gb,
+        version,  # shards of another version must never come out of the cache
+        {index_name(shard.name): shard.index_sha256 for shard in shards},
+        {index_name(shard.name): shard.index_num_bytes for shard in shards},
+    )
 
 
 def _tar_storage(storage: Storage, fields: _Fields) -> Storage:

@@ -3,7 +3,8 @@
 1. A name is checked: it comes from a file that somebody else may have written.
 2. In a folder, ranges of a file are read in place.
 3. Elsewhere (http, https, s3, gs, hf) a shard is downloaded whole, once a node, into a bounded
-   cache, checked, and read there; small files are read directly.
+   cache, checked, and read there; so is an index whose hash is known. Other files are read
+   directly.
 4. What the network spoils is asked for again, with growing pauses.
 
 Reading a range of a remote shard for every sample would cost a request each; a whole shard costs
@@ -12,20 +13,23 @@ one for thousands of samples.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from magneto_dist.data.network import REMOTE_SCHEMES, filesystem, retried
 from magneto_dist.data.shard_cache import ShardCache, default_cache_dir
-from magneto_dist.errors import InputError
+from magneto_dist.errors import FormatError, InputError
 from magneto_dist.files import sha256_of
 
+Result = TypeVar("Result")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_OTHER_SHA256 = "its SHA-256 is not the one in dataset.json"
 _MAX_OPEN_FILES = 64
 _BLOCK_BYTES = 1 << 23
 _READ_ATTEMPTS = 3
@@ -40,6 +44,7 @@ class Storage:
         cache_gb: most disk space of the cache, in 1e9 bytes, shared by all its data sets.
         version: content hash of the data set; another one never meets old cached shards.
         sha256: of files by name, as far as known; a download that does not have it is no good.
+        num_bytes: of files by name, for those that may be kept in the cache without asking for it.
 
     Raises:
         InputError: a root of another kind (a shell command, for instance).
@@ -52,6 +57,7 @@ class Storage:
         cache_gb: float = 200.0,
         version: str = "",
         sha256: Mapping[str, str] | None = None,
+        num_bytes: Mapping[str, int] | None = None,
     ) -> None:
         scheme, has_scheme, _ = root.partition("://")
         if root.startswith("pipe:") or (has_scheme and scheme not in REMOTE_SCHEMES):
@@ -64,11 +70,12 @@ class Storage:
         self.cache_gb = cache_gb
         self.version = version
         self.sha256 = dict(sha256 or {})
+        self.num_bytes = dict(num_bytes or {})
         self.is_remote = bool(has_scheme)
         self._open_nothing()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("root", "cache_dir", "cache_gb", "version", "sha256")
+        names = ("root", "cache_dir", "cache_gb", "version", "sha256", "num_bytes")
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -88,10 +95,14 @@ class Storage:
         """
         if not self.is_remote:
             return self._open(name).read(offset, size)
+        # Not kept open: a deleted file would go on taking space of the cache.
+        where = self.where(name)
+        return self._from_cache(name, lambda path: _OpenFile(path, where).read(offset, size))
+
+    def _from_cache(self, name: str, read: Callable[[Path], bytes]) -> bytes:
         for _ in range(_READ_ATTEMPTS):
             try:
-                # Not kept open: a deleted file would go on taking space of the cache.
-                return _OpenFile(self.local_path(name), self.where(name)).read(offset, size)
+                return read(self.local_path(name))
             except FileNotFoundError:  # another process made room between our two steps
                 continue
         raise InputError(
@@ -104,28 +115,74 @@ class Storage:
 
         Raises:
             InputError: the file is absent.
+            FormatError: its hash is known, and is not that.
             OSError: it cannot be read.
         """
-        if self.is_remote:
-            return self._request(name, lambda fs, url: fs.cat_file(url))
+        return self.parse_file(name, lambda content: content)
+
+    def parse_file(self, name: str, parse: Callable[[bytes], Result]) -> Result:
+        """What `parse` makes of the content of the file `name`.
+
+        Args:
+            name: of the file.
+            parse: raises FormatError for content that is no good; what came over a network is then
+                asked for again.
+
+        Raises:
+            InputError: the file is absent.
+            FormatError: of `parse`; or its hash is known, and is not that.
+            OSError: it cannot be read.
+        """
+        if not self.is_remote:
+            return parse(self._checked(name, self._read_local(name)))
+        if name in self.num_bytes:
+            return parse(self._from_cache(name, Path.read_bytes))
+        return self._request(name, lambda fs, url: parse(self._checked(name, fs.cat_file(url))))
+
+    def _read_local(self, name: str) -> bytes:
         try:
             return self._local(name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{self.where(name)}: does not exist") from None
 
-    def stream(self, name: str) -> BinaryIO:
-        """The file `name`, to be read once from its start to its end; nothing is kept.
+    def _checked(self, name: str, content: bytes) -> bytes:
+        if self.sha256.get(name, "") not in ("", hashlib.sha256(content).hexdigest()):
+            raise FormatError(_OTHER_SHA256)
+        return content
+
+    def read_through(self, name: str, read: Callable[[BinaryIO], Result]) -> Result:
+        """What `read` makes of the file `name`, of which nothing is kept.
+
+        Args:
+            name: of the file.
+            read: reads the file once, from its start to its end; raises FormatError for content
+                that is no good. Called anew where the network fails.
 
         Raises:
-            InputError: the file is absent.
+            InputError: the file is absent, or the server does not tell its size.
+            FormatError: of `read`.
             OSError: it cannot be read.
         """
-        if self.is_remote:
-            return self._request(name, lambda fs, url: fs.open(url, block_size=_BLOCK_BYTES))
-        try:
-            return self._local(name).open("rb")
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{self.where(name)}: does not exist") from None
+        if not self.is_remote:
+            try:
+                file = self._local(name).open("rb")
+            except (FileNotFoundError, NotADirectoryError):
+                raise InputError(f"{self.where(name)}: does not exist") from None
+            with file:
+                return read(file)
+        num_bytes = self.size(name)
+        options: dict[str, int] = {"block_size": _BLOCK_BYTES}
+        if self.root.startswith("http"):  # one request for all, because not every server has ranges
+            options = {"block_size": 0, "size": num_bytes}
+
+        def ask(fs: Any, url: str) -> Result:
+            with fs.open(url, **options) as file:
+                result = read(file)
+                if file.tell() != num_bytes:
+                    raise OSError(f"gave {file.tell()} of {num_bytes} bytes")
+                return result
+
+        return self._request(name, ask)
 
     def names(self) -> list[str]:
         """The files directly in the folder or under the URL, as far as it can list them.
@@ -160,10 +217,10 @@ class Storage:
                 return self._local(name).stat().st_size
             except (FileNotFoundError, NotADirectoryError):
                 raise InputError(f"{self.where(name)}: does not exist") from None
-        size = self._request(name, lambda fs, url: fs.size(url))
-        if size is None:
-            raise InputError(f"{self.where(name)}: the server does not tell its size")
-        return size
+        try:
+            return self._request(name, lambda fs, url: _known(fs.size(url)))
+        except FormatError as error:
+            raise InputError(f"{self.where(name)}: {error}") from None
 
     def local_path(self, name: str) -> Path:
         """The file `name` on this machine, downloaded first where it must be.
@@ -179,7 +236,7 @@ class Storage:
         return cache.path(
             key=f"{self.root}\n{self.version}",
             name=name,
-            size=lambda: self.size(name),
+            size=lambda: self.num_bytes.get(name) or self.size(name),
             download=lambda target, num_bytes: self._request(
                 name, lambda fs, url: self._download(fs, url, name, target, num_bytes)
             ),
@@ -190,7 +247,7 @@ class Storage:
         if target.stat().st_size != num_bytes:
             raise OSError(f"download gave {target.stat().st_size} of {num_bytes} bytes")
         if self.sha256.get(name, "") not in ("", sha256_of(target)):
-            raise OSError("its SHA-256 is not the one in dataset.json")
+            raise OSError(_OTHER_SHA256)
 
     def _local(self, name: str) -> Path:
         _check_name(name)
@@ -256,6 +313,12 @@ class _OpenFile:
             pieces.append(piece)
             offset, size = offset + len(piece), size - len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _known(size: int | None) -> int:
+    if size is None:  # a spoiled answer may lack it, too
+        raise FormatError("the server does not tell its size")
+    return size
 
 
 def _check_name(name: str) -> None:

@@ -26,7 +26,8 @@ from magneto_dist.data.parallel import Tick, run_tasks
 from magneto_dist.data.sample import BadSample, check_annotation_size, valid_key
 from magneto_dist.data.shard_index import Member, ShardIndex, index_bytes, index_name
 from magneto_dist.data.shards import DATASET_FILE, Dataset, Shard
-from magneto_dist.errors import InputError
+from magneto_dist.data.tar_scan import is_plain_file, members_of
+from magneto_dist.errors import FormatError, InputError
 from magneto_dist.files import sha256_of
 
 
@@ -95,6 +96,7 @@ class _ShardCheck:
             path = self.dataset.tar_storage.local_path(shard.file)
             damages += _hash_damages(path, shard)
             if shard.tar:  # others made it: what counts is where its index leads
+                damages += _tar_damages(path, shard)
                 index = ShardIndex.read(self.dataset.storage, shard.name)
                 samples = {index.keys[row]: index.members(row) for row in range(len(index.keys))}
             else:
@@ -116,10 +118,13 @@ class _ShardCheck:
 
     def _index_damages(self, shard: Shard, samples: dict[str, list[Member]]) -> Iterator[Damage]:
         name = index_name(shard.name)
+        if not self.dataset.storage.exists(name):
+            yield Damage(shard.name, None, f"its index {name} does not exist")
+            return
         try:
             found = self.dataset.storage.read_file(name).splitlines()
-        except InputError:
-            yield Damage(shard.name, None, f"its index {name} does not exist")
+        except FormatError as error:
+            yield Damage(shard.name, None, f"its index {name} is no good: {error}")
             return
         expected = index_bytes([_image_first(members) for members in samples.values()]).splitlines()
         if found != expected:
@@ -158,6 +163,19 @@ def _hash_damages(path: Path, shard: Shard) -> Iterator[Damage]:
         yield Damage(shard.name, None, f"its SHA-256 is not the one in {DATASET_FILE}")
 
 
+def _tar_damages(path: Path, shard: Shard) -> Iterator[Damage]:
+    """Also finds what was so before the hash was taken: samples that no index has ever seen."""
+    try:
+        for _ in members_of(path):
+            pass
+    except tarfile.TarError as error:
+        yield _no_whole_tar(shard.name, error)
+
+
+def _no_whole_tar(shard: str, error: tarfile.TarError) -> Damage:
+    return Damage(shard, None, f"is no whole tar: {error}")
+
+
 def _count_damages(
     shard: Shard, num_samples: int, num_labelled: int, is_damaged: bool
 ) -> Iterator[Damage]:
@@ -173,20 +191,16 @@ def _read_tar(path: Path, shard: str, damages: list[Damage]) -> dict[str, list[M
     """The members of each sample by key, as far as the tar can be read."""
     members: list[tuple[str, Member]] = []
     try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                key, _, extension = info.name.partition(".")
-                if (
-                    not info.isreg()
-                    or not valid_key(key)
-                    or extension not in (*IMAGE_KINDS, "json")
-                ):
-                    damages.append(Damage(shard, None, f"has the odd member {info.name[:100]!r}"))
-                    continue
-                member = Member(extension, info.offset_data, info.size, info.name)
-                members.append((key, member))
+        for info in members_of(path):
+            key, _, extension = info.name.partition(".")
+            is_member = extension in (*IMAGE_KINDS, "json")
+            if not is_plain_file(info) or not valid_key(key) or not is_member:
+                damages.append(Damage(shard, None, f"has the odd member {info.name[:100]!r}"))
+                continue
+            member = Member(extension, info.offset_data, info.size, info.name)
+            members.append((key, member))
     except tarfile.TarError as error:
-        damages.append(Damage(shard, None, f"is no whole tar: {error}"))
+        damages.append(_no_whole_tar(shard, error))
     samples: dict[str, list[Member]] = {}
     for key, group in groupby(members, key=lambda entry: entry[0]):
         if key in samples:

@@ -29,21 +29,23 @@ class FaultyServer:
         self.probability = 0.5
         self.random = random.Random(0)
         self.asked: Counter[str] = Counter()
+        """Contents, by file."""
         self.done: Counter[str] = Counter()
         """Faults that were committed."""
         self._in_a_row: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def next_fault(self, name: str) -> str | None:
+    def next_fault(self, name: str, *, is_head: bool = False) -> str | None:
         with self._lock:
-            self.asked[name] += 1
+            self.asked[name] += not is_head
             if self._in_a_row[name] == 2 or self.random.random() >= self.probability:
                 self._in_a_row[name] = 0
                 return None
-            # What no check could find in a file without a hash is done to shards alone.
-            faults = [
-                f for f in self.faults if name.endswith(".tar") or f not in ("short", "flipped")
-            ]
+            # No check could find every flipped bit in the one file without a hash.
+            has_hash = not name.endswith("dataset.json")
+            faults = [fault for fault in self.faults if has_hash or fault != "flipped"]
+            if is_head:  # has no content to be spoiled
+                faults = [fault for fault in faults if fault == "503"]
             if not faults:
                 return None
             self._in_a_row[name] += 1
@@ -56,6 +58,12 @@ class _Handler(SimpleHTTPRequestHandler):
     def __init__(self, *args: object, server_state: FaultyServer, **options: object) -> None:
         self.state = server_state
         super().__init__(*args, **options)
+
+    def do_HEAD(self) -> None:
+        if self.state.next_fault(self.path.lstrip("/"), is_head=True):
+            self.send_error(503)
+        else:
+            super().do_HEAD()
 
     def do_GET(self) -> None:
         fault = self.state.next_fault(self.path.lstrip("/"))

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,15 @@ def write_small(out: Path, load: Callable[[tuple[str, int]], Sample]) -> Path:
     return out
 
 
+def note_index_hashes(folder: Path) -> None:
+    """Makes `dataset.json` right again after its indexes were edited."""
+    fields = json.loads((folder / "dataset.json").read_text())
+    for shard in (shard for shards in fields["splits"].values() for shard in shards):
+        index = (folder / shard["name"]).with_suffix(".idx").read_bytes()
+        shard.update(index_num_bytes=len(index), index_sha256=sha256(index).hexdigest())
+    (folder / "dataset.json").write_text(json.dumps(fields))
+
+
 @dataclass(frozen=True)
 class Damager:
     """A copy of the small data set whose samples can be damaged where they lie."""
@@ -83,6 +93,7 @@ class Damager:
         words[2] = str(int(words[2]) // 2)
         lines[row + 1] = " ".join(words)
         path.write_text("\n".join(lines))
+        note_index_hashes(self.folder)
 
     def replace_picture(self, sample_id: int, content: bytes, split: str = "train") -> None:
         shard, row = self._place(sample_id, split)

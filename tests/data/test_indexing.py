@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pictures import encoded
 from small_data import read_jsonl
 
@@ -16,8 +18,11 @@ from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig, T
 from magneto_dist.data.indexing import index_tars, split_dataset
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
+from magneto_dist.data.sample import AnnotationFields
 from magneto_dist.data.shards import Dataset
+from magneto_dist.data.storage import Storage
 from magneto_dist.data.stream import Record, SampleReader, load_rows
+from magneto_dist.data.tar_scan import ScannedTar, TarScan
 from magneto_dist.data.verify import verify
 from magneto_dist.errors import InputError
 from magneto_dist.world import World
@@ -171,12 +176,116 @@ def test_bad_samples_are_listed_and_too_many_are_an_error(tmp_path):
     assert keys == {"good", "code", "evil"}
 
 
+def test_sparse_members_are_left_out_by_name(tmp_path):
+    # In the tar a sparse file is a map of its parts, then the parts: no offset leads to its bytes.
+    path = write_tar(tmp_path / "1.tar", sample("good", tags=["x"]))
+    contents = {"image.jpg": PICTURE, "image.json": b'{"tags": ["x"]}'}
+    contents |= {"annotation.jpg": PICTURE, "annotation.json": b'{"tags": ["y"]}'}
+    with tarfile.open(path, "a") as tar:
+        for name, content in contents.items():
+            info = tarfile.TarInfo(name)
+            if name in ("image.jpg", "annotation.json"):
+                info.pax_headers = {
+                    "GNU.sparse.major": "1",
+                    "GNU.sparse.minor": "0",
+                    "GNU.sparse.name": name,
+                    "GNU.sparse.realsize": str(len(content)),
+                }
+                content = f"1\n0\n{len(content)}\n".encode().ljust(512, b"\0") + content
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    written, skipped = index_tars(str(tmp_path), max_skipped_fraction=0.9)
+    assert written == 1
+    assert dict(skipped) == {
+        "1.tar/image.jpg": "is a sparse file",
+        "1.tar/image": "has no picture",
+        "1.tar/annotation.json": "is a sparse file",
+        "1.tar/annotation": "has 1 pictures and 0 annotations",
+    }
+    assert Dataset.open(str(tmp_path)).vocabulary.tags == ("x",)
+
+
 @pytest.mark.parametrize("keep", [700, 1500, 3333])
 def test_cut_off_tar_is_an_error_that_names_it(tars, keep):
     path = tars / "web-00001.tar"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(InputError, match=r"web-00001.tar: is no whole tar"):
         index_tars(str(tars))
+
+
+def scan(path: Path) -> ScannedTar:
+    scan = TarScan(Storage(str(path.parent)), ("jpg",), "json", AnnotationFields(), 1.0)
+    return scan(path.name, lambda: None)
+
+
+@pytest.fixture(scope="module")
+def three_samples(tmp_path_factory) -> tuple[Path, ScannedTar, list[int]]:
+    """A tar of old and new kinds of headers, what is in it, and where its headers lie."""
+    members = sample("a", tags=["x"]) | sample("b" * 120, tags=["y"]) | sample("ü", tags=["z"])
+    path = write_tar(tmp_path_factory.mktemp("flips") / "3.tar", members)
+    with tarfile.open(path) as tar:
+        starts = [info.offset for info in tar]
+        starts += [info.offset_data - 512 for info in tar.getmembers()]
+    return path, scan(path), [*sorted(set(starts)), tar.offset]
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_flipped_bit_in_a_header_never_loses_samples_in_silence(three_samples, data):
+    path, before, starts = three_samples
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.sampled_from(starts)) + data.draw(st.integers(0, 511))] ^= 1 << data.draw(
+        st.integers(0, 7)
+    )
+    path.with_name("flipped.tar").write_bytes(content)
+    try:
+        after = scan(path.with_name("flipped.tar"))
+    except InputError:
+        return
+    assert (after.samples, after.skipped) == (before.samples, before.skipped)
+
+
+def flip_bit_of_second_sample(path: Path) -> int:
+    """Returns where the damaged header is."""
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[3].offset
+    content = bytearray(path.read_bytes())
+    content[offset + 100] ^= 1
+    path.write_bytes(content)
+    return offset
+
+
+def test_damaged_header_is_an_error_that_says_where(tars):
+    offset = flip_bit_of_second_sample(tars / "web-00001.tar")
+    with pytest.raises(InputError, match=rf"web-00001\.tar: is no whole tar .* {offset}.* damaged"):
+        index_tars(str(tars))
+    assert not (tars / "dataset.json").exists()
+
+
+def test_verify_finds_damage_that_was_there_when_the_index_was_made(tars, monkeypatch):
+    offset = flip_bit_of_second_sample(tars / "web-00001.tar")
+    with monkeypatch.context() as earlier:  # as an index was made before such damage was noticed
+        earlier.setattr("magneto_dist.data.tar_scan.check_end", lambda *_: None)
+        assert index_tars(str(tars)).written == 8
+    (damage,) = verify(Dataset.open(str(tars)), 1)
+    assert damage.shard == "train-000001.tar"
+    assert f"no header is readable at byte {offset}" in damage.reason
+
+
+def test_tars_put_one_after_another_are_not_indexed_by_half(tmp_path):
+    whole = write_tar(tmp_path / "1.tar", sample("a", tags=["x"])).read_bytes()
+    (tmp_path / "1.tar").write_bytes(whole + whole)
+    with pytest.raises(InputError, match="data goes on there"):
+        index_tars(str(tmp_path))
+
+
+def test_tar_cut_off_between_members_is_an_error(tmp_path):
+    path = write_tar(tmp_path / "1.tar", sample("a", tags=["x"]) | {"b.txt": bytes(1024)})
+    with tarfile.open(path) as tar:
+        tar.getmembers()
+    path.write_bytes(path.read_bytes()[: tar.offset])
+    with pytest.raises(InputError, match=f"nothing marks its end at byte {tar.offset}"):
+        index_tars(str(tmp_path))
 
 
 @pytest.mark.parametrize(

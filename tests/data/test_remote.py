@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -9,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from faulty_server import FAULTS, FaultyServer, serving
-from small_data import NUM_SAMPLES, key_of, read_jsonl
+from small_data import NUM_SAMPLES, VOCABULARY, key_of, read_jsonl
 
 from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig, TrainConfig
 from magneto_dist.data.indexing import index_tars
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
-from magneto_dist.data.shards import Dataset
+from magneto_dist.data.shards import Dataset, ShardIndex
 from magneto_dist.data.storage import Storage
 from magneto_dist.errors import InputError
 from magneto_dist.world import World
@@ -53,6 +54,86 @@ def test_every_fault_is_survived(server, tmp_path, fault):
     dataset = Dataset.open(server.url, cache_dir=str(tmp_path))
     assert keys_of_an_epoch(loader(dataset, num_workers=0)) == KEYS
     assert server.done[fault] >= 2
+
+
+@pytest.mark.parametrize("fault", ["short", "flipped"])
+def test_spoiled_indexes_and_vocabulary_are_asked_for_again(server, tmp_path, fault):
+    server.faults, server.probability = (fault,), 1.0  # each file is good at the third time
+    dataset = Dataset.open(server.url, cache_dir=str(tmp_path))
+    assert dataset.vocabulary.tags == VOCABULARY.tags
+    assert server.asked["vocabulary.txt"] == 3
+    assert ShardIndex.read(dataset.storage, "train-000003.tar").keys[0] == key_of(21)
+    assert server.asked["train-000003.idx"] == 3
+    assert server.asked["dataset.json"] == (3 if fault == "short" else 1)
+
+
+def test_index_is_asked_for_once(server, tmp_path):
+    for _ in range(2):
+        dataset = Dataset.open(server.url, cache_dir=str(tmp_path))
+        assert ShardIndex.read(dataset.storage, "train-000001.tar").num_samples == 7
+    assert server.asked["train-000001.idx"] == 1
+    (path,) = tmp_path.glob("*/*.idx")
+    path.unlink()  # to make room
+    assert ShardIndex.read(dataset.storage, "train-000001.tar").num_samples == 7
+
+
+def test_spoiled_files_for_good_are_one_error_each(small_dataset_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("magneto_dist.data.network._FIRST_PAUSE_S", 0.001)
+    folder = tmp_path / "copy"
+    shutil.copytree(small_dataset_dir, folder)
+    (folder / "train-000001.idx").write_bytes(b"v1.2 0\n")
+    with serving(folder) as server:
+        dataset = Dataset.open(server.url, cache_dir=str(tmp_path / "cache"))
+        with pytest.raises(InputError, match=r"train-000001\.idx: cannot be read: .* 7 of \d+ byt"):
+            ShardIndex.read(dataset.storage, "train-000001.tar")
+        (folder / "vocabulary.txt").write_bytes(b"sea\nsea\n")
+        with pytest.raises(InputError, match=r"/vocabulary\.txt: .*'sea' occurs twice"):
+            Dataset.open(server.url)
+        (folder / "dataset.json").write_bytes(b"<!DOCTYPE html>")
+        with pytest.raises(InputError, match=r"/dataset\.json: is not JSON"):
+            Dataset.open(server.url)
+        assert 1 < server.asked["dataset.json"] < 10
+
+
+INDEX_OPTIONS = {"important_field": "important", "important_as": "flags"}
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "cut off", "short", "slow"])
+def test_index_over_a_bad_network_is_that_of_a_good_one(server, small_dataset_dir, tmp_path, fault):
+    index_tars(str(small_dataset_dir), tmp_path / "local", **INDEX_OPTIONS)
+    server.faults = (fault,)
+    index_tars(server.url, tmp_path / "remote", **INDEX_OPTIONS)
+    assert server.done[fault] >= 2
+    local, remote = (Dataset.open(str(tmp_path / name)) for name in ("local", "remote"))
+    assert remote.splits == local.splits  # with all hashes
+    assert remote.vocabulary.tags == local.vocabulary.tags
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("503", "cannot be read: .*503"),
+        ("reset", "cannot be read: "),
+        ("cut off", "cannot be read: .*not completed"),
+        ("short", "is no whole tar .* damaged or cut off"),
+    ],
+)
+def test_tar_that_never_arrives_whole_is_one_clear_error(
+    server, tmp_path, monkeypatch, fault, reason
+):
+    monkeypatch.setattr("magneto_dist.data.network.ATTEMPTS", 2)
+    server.faults, server.probability = (fault,), 1.0
+    with pytest.raises(InputError, match=rf"train-000002\.tar: {reason}"):
+        index_tars(f"{server.url}/train-000002.tar", tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+
+
+def test_failing_to_tell_a_size_is_not_taken_for_absence(server, monkeypatch):
+    server.faults, server.probability = ("503",), 1.0
+    assert Storage(server.url).size("train-000000.tar") > 0
+    monkeypatch.setattr("magneto_dist.data.network.ATTEMPTS", 1)
+    with pytest.raises(OSError, match="503"):
+        Storage(server.url).size("train-000001.tar")
 
 
 def test_run_over_a_bad_network_trains_on_every_sample_once(server, tmp_path):

@@ -96,6 +96,8 @@ def test_other_dataset_files_are_refused(folder, content, message):
         (lambda f: f["splits"]["train"][0].update(num_samples=-1), "impossible numbers"),
         (lambda f: f["splits"]["train"][0].update(num_labelled=5), "impossible numbers"),
         (lambda f: f["splits"]["train"][0].update(num_bytes=1e9), "'num_bytes' of type int"),
+        (lambda f: f["splits"]["train"][0].update(index_num_bytes=-1), "impossible numbers"),
+        (lambda f: f["splits"]["train"][0].update(index_sha256=1), "'index_sha256' of type str"),
         (lambda f: f.update(has_images="no"), "'has_images' of type bool"),
         (lambda f: f.update(num_tags=3), "not the vocabulary"),
         (lambda f: f.update(vocabulary_sha256="0" * 64), "not the vocabulary"),
@@ -146,14 +148,37 @@ def test_absent_and_short_shards_are_named(folder):
     assert Dataset.open(str(folder), check_shards=False).num_samples("train") == 10
 
 
+def without_index_hashes(fields: Any) -> None:
+    """As in data sets that were made before indexes had any."""
+    for shard in (shard for shards in fields["splits"].values() for shard in shards):
+        del shard["index_num_bytes"], shard["index_sha256"]
+
+
 def test_index_that_is_absent_or_broken_is_named(folder):
+    change(folder, without_index_hashes)
     dataset = Dataset.open(str(folder))
+    assert ShardIndex.read(dataset.storage, "train-000000.tar").num_samples == 4
     (folder / "train-000000.idx").write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"train-000000\.idx: does not begin"):
+        ShardIndex.read(dataset.storage, "train-000000.tar")
+    index = index_bytes([[Member("json", 512, 9, "k1.json")]] * 2)
+    (folder / "train-000000.idx").write_bytes(index)
+    with pytest.raises(InputError, match=r"train-000000\.idx: has the key 'k1' twice"):
         ShardIndex.read(dataset.storage, "train-000000.tar")
     (folder / "train-000000.idx").unlink()
     with pytest.raises(InputError, match=r"train-000000\.idx: does not exist"):
         ShardIndex.read(dataset.storage, "train-000000.tar")
+
+
+def test_index_that_was_changed_is_found_by_its_hash(folder):
+    path = folder / "train-000000.idx"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"item-1")] ^= 1  # "htem-1": a key like any other
+    path.write_bytes(content)
+    dataset = Dataset.open(str(folder))
+    with pytest.raises(InputError, match=r"train-000000\.idx: its SHA-256 is not .* copy it again"):
+        ShardIndex.read(dataset.storage, "train-000000.tar")
+    assert ShardIndex.read(dataset.storage, "train-000001.tar").num_samples == 4
 
 
 GOOD = b"jpg 512 9 k1.jpg json 1536 7 k1.json\n"
@@ -178,6 +203,7 @@ GOOD = b"jpg 512 9 k1.jpg json 1536 7 k1.json\n"
         (b"v1.2 1\njpg 512 9 k1.jpg json 1536 99999999999999999999 k1.json\n", "odd member"),
         (b"v1.2 1\njpg 512 9 k1.jpg json 1536 7 ../k1.json\n", "has a key"),
         (b"v1.2 1\njpg 512 9 k1.jpg json 1536 7 k\xff.json\n", "has a key"),
+        (b"v1.2 2\n" + GOOD + GOOD, "has the key 'k1' twice"),
     ],
 )
 def test_broken_index_is_refused(content, message):

@@ -7,7 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_data import NUM_SAMPLES, key_of, make_sample, picture, read_jsonl
+from small_data import (
+    NUM_SAMPLES,
+    key_of,
+    make_sample,
+    note_index_hashes,
+    picture,
+    read_jsonl,
+)
 
 from magneto_dist.batch import Reject
 from magneto_dist.data.indexing import index_tars
@@ -124,6 +131,10 @@ def test_a_shard_that_vanishes_or_shrinks_is_one_clear_line_with_its_name(damage
     (damaged.folder / "train-000003.idx").write_bytes(
         (damaged.folder / "train-000008.idx").read_bytes()
     )
+    with pytest.raises(InputError, match=r"train-000003\.idx: its SHA-256 is not the one in"):
+        load(dataset, [21])
+    note_index_hashes(damaged.folder)
+    dataset = Dataset.open(str(damaged.folder), check_shards=False)
     with pytest.raises(InputError, match=r"its index has 4 samples, dataset.json says 7"):
         load(dataset, [21])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_data import note_index_hashes
 
 from magneto_dist.data.sample import Sample
 from magneto_dist.data.shards import Dataset
@@ -69,6 +70,7 @@ def rewrite(folder: Path, edit: Callable[[Members], Members]) -> None:
     content = path.read_bytes()
     fields["splits"]["train"][1].update(num_bytes=len(content), sha256=sha256(content).hexdigest())
     (folder / "dataset.json").write_text(json.dumps(fields))
+    note_index_hashes(folder)
 
 
 def with_content(name: str, content: bytes) -> Callable[[Members], Members]:
@@ -142,7 +144,9 @@ def test_link_in_a_tar_is_found(folder):
 def test_changed_byte_is_found_by_the_hash(folder):
     path = folder / "train-000001.tar"
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1  # in the padding: no sample is hurt
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    content[last.offset_data + last.size] ^= 1  # in the padding: no sample is hurt
     path.write_bytes(content)
     assert damages(folder) == [
         Damage("train-000001.tar", None, "its SHA-256 is not the one in dataset.json")
@@ -172,6 +176,9 @@ def test_absent_files_are_found(folder):
 
 def test_index_of_another_shard_is_found(folder):
     (folder / "train-000000.idx").write_bytes((folder / "train-000001.idx").read_bytes())
+    (damage,) = damages(folder)
+    assert "its index train-000000.idx is no good: its SHA-256" in damage.reason
+    note_index_hashes(folder)
     (damage,) = damages(folder)
     assert damage.reason == "its index train-000000.idx does not match it from line 2 on"
 
