@@ -173,6 +173,7 @@ def test_members_that_are_too_large_are_refused_and_not_read(damaged):
         words = lines[sample_id + 1].split()
         lines[sample_id + 1] = " ".join([*words[:word], str(size), *words[word + 1 :]])
     path.write_text("\n".join([*lines, ""]))
+    note_index_hashes(damaged.folder)
     image, annotation, good = load(damaged.open(), [1, 2, 3])
     for reject, sample_id, reason in (
         (image, 1, f"picture of {300 << 20} bytes is larger than {256 << 20} bytes"),
