@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that serves a folder, and does to it what networks do."""
+"""HTTP servers on loopback that do what networks do to a folder, or to another server's answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
+from http.client import HTTPConnection
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -35,23 +36,27 @@ class FaultyServer:
         self._in_a_row: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def next_fault(self, name: str, *, is_head: bool = False) -> str | None:
+    def next_fault(self, name: str) -> str | None:
         with self._lock:
-            self.asked[name] += not is_head
-            if self._in_a_row[name] == 2 or self.random.random() >= self.probability:
-                self._in_a_row[name] = 0
-                return None
+            self.asked[name] += 1
             # No check could find every flipped bit in the one file without a hash.
             has_hash = not name.endswith("dataset.json")
             faults = [fault for fault in self.faults if has_hash or fault != "flipped"]
-            if is_head:  # has no content to be spoiled
-                faults = [fault for fault in faults if fault == "503"]
-            if not faults:
-                return None
-            self._in_a_row[name] += 1
-            fault = self.random.choice(faults)
-            self.done[fault] += 1
-            return fault
+            return self._choice(name, faults)
+
+    def fails_to_tell_size(self, name: str) -> bool:
+        with self._lock:
+            faults = [fault for fault in self.faults if fault == "503"]
+            return self._choice(f"size of {name}", faults) is not None
+
+    def _choice(self, name: str, faults: list[str]) -> str | None:
+        if not faults or self._in_a_row[name] == 2 or self.random.random() >= self.probability:
+            self._in_a_row[name] = 0
+            return None
+        self._in_a_row[name] += 1
+        fault = self.random.choice(faults)
+        self.done[fault] += 1
+        return fault
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -60,7 +65,7 @@ class _Handler(SimpleHTTPRequestHandler):
         super().__init__(*args, **options)
 
     def do_HEAD(self) -> None:
-        if self.state.next_fault(self.path.lstrip("/"), is_head=True):
+        if self.state.fails_to_tell_size(self.path.lstrip("/")):
             self.send_error(503)
         else:
             super().do_HEAD()
@@ -70,8 +75,10 @@ class _Handler(SimpleHTTPRequestHandler):
         path = Path(self.translate_path(self.path))
         if fault is None or not path.is_file():
             super().do_GET()
-            return
-        content = path.read_bytes()
+        else:
+            self._spoil(fault, path.read_bytes())
+
+    def _spoil(self, fault: str, content: bytes) -> None:
         if fault == "503":
             self.send_error(503)
         elif fault == "slow":
@@ -101,10 +108,51 @@ class _Handler(SimpleHTTPRequestHandler):
         pass
 
 
+class _Proxy(_Handler):
+    def __init__(self, *args: object, upstream: tuple[str, int], **options: object) -> None:
+        self.upstream = upstream
+        super().__init__(*args, **options)
+
+    def do_HEAD(self) -> None:
+        self._forward(None)
+
+    def do_GET(self) -> None:
+        self._forward(self.state.next_fault(self.path.partition("?")[0].lstrip("/")))
+
+    def _forward(self, fault: str | None) -> None:
+        connection = HTTPConnection(*self.upstream, timeout=30)
+        with closing(connection):
+            connection.request(self.command, self.path, headers=dict(self.headers))
+            answer = connection.getresponse()
+            content = answer.read()
+        if fault is not None and answer.status in (200, 206):
+            self._spoil(fault, content)
+            return
+        self.send_response_only(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding"):
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+
 @contextmanager
 def serving(folder: Path) -> Iterator[FaultyServer]:
+    with _running(partial(_Handler, directory=str(folder))) as state:
+        yield state
+
+
+@contextmanager
+def standing_before(host: str, port: int) -> Iterator[FaultyServer]:
+    """A proxy of another server, for what is read from it."""
+    with _running(partial(_Proxy, upstream=(host, port))) as state:
+        yield state
+
+
+@contextmanager
+def _running(handler: partial[_Handler]) -> Iterator[FaultyServer]:
     state = FaultyServer("")
-    handler = partial(_Handler, directory=str(folder), server_state=state)
+    handler = partial(handler, server_state=state)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         state.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulty_server import FAULTS, FaultyServer, serving
+from faulty_server import FAULTS, FaultyServer, serving, standing_before
 from small_data import NUM_SAMPLES, VOCABULARY, key_of, read_jsonl
 
 from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig, TrainConfig
@@ -192,8 +192,8 @@ def test_wrong_content_under_the_right_name_is_never_used(server, tmp_path, monk
 
 
 @pytest.fixture(scope="module")  # clients are kept and never ask where the server is again
-def s3(small_dataset_dir) -> Iterator[str]:
-    """The small data set in a bucket of an S3 server on loopback."""
+def bucket(small_dataset_dir) -> Iterator[FaultyServer]:
+    """The small data set under S3, in a server on loopback that stands behind a proxy."""
     pytest.importorskip("s3fs", reason="needs the extra s3")
     moto = pytest.importorskip("moto.server", reason="needs moto's S3 server")
     import boto3
@@ -201,18 +201,25 @@ def s3(small_dataset_dir) -> Iterator[str]:
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    with pytest.MonkeyPatch.context() as environment, standing_before(host, port) as proxy:
+        environment.setenv("AWS_ENDPOINT_URL", proxy.url)
         environment.setenv("AWS_ACCESS_KEY_ID", "a")
         environment.setenv("AWS_SECRET_ACCESS_KEY", "b")
         environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        client = boto3.client("s3")
+        environment.setenv("AWS_MAX_ATTEMPTS", "1")  # what is tried again is up to us
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
         client.create_bucket(Bucket="photos")
         for path in small_dataset_dir.iterdir():
             client.upload_file(str(path), "photos", f"set one/{path.name}")
         client.close()
-        yield "s3://photos/set one"
+        yield proxy
     server.stop()
+
+
+@pytest.fixture
+def s3(bucket) -> Iterator[str]:
+    yield "s3://photos/set one"
+    bucket.faults = ()
 
 
 def test_s3_gives_every_sample_once(s3, tmp_path):
@@ -222,10 +229,29 @@ def test_s3_gives_every_sample_once(s3, tmp_path):
         Dataset.open("s3://photos/another")
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_on_the_way_to_s3_is_survived(s3, bucket, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr("magneto_dist.data.network._FIRST_PAUSE_S", 0.01)
+    bucket.faults, bucket.done = (fault,), Counter()
+    dataset = Dataset.open(s3, cache_dir=str(tmp_path))
+    assert keys_of_an_epoch(loader(dataset, num_workers=0)) == KEYS
+    assert bucket.done[fault] >= 2
+
+
+def test_index_of_tars_in_s3_over_a_bad_network(
+    s3, bucket, small_dataset_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("magneto_dist.data.network._FIRST_PAUSE_S", 0.01)
+    index_tars(str(small_dataset_dir), tmp_path / "local", **INDEX_OPTIONS)
+    bucket.faults, bucket.done = ("503", "reset", "cut off", "slow"), Counter()
+    index_tars(s3, tmp_path / "remote", **INDEX_OPTIONS)
+    assert bucket.done.total() >= 5
+    local, remote = (Dataset.open(str(tmp_path / name)) for name in ("local", "remote"))
+    assert remote.splits == local.splits
+
+
 def test_index_of_tars_in_s3_is_trained_on(s3, tmp_path):
-    index_tars(
-        s3, tmp_path / "index", important_field="important", important_as="flags", num_processes=2
-    )
+    index_tars(s3, tmp_path / "index", **INDEX_OPTIONS, num_processes=2)
     dataset = Dataset.open(str(tmp_path / "index"), cache_dir=str(tmp_path / "cache"))
     assert dataset.num_samples("validation") == NUM_SAMPLES["validation"]
     assert keys_of_an_epoch(loader(dataset, num_workers=0)) == KEYS
