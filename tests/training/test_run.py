@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from processes import TINY, launch, losses, run, status, summary
+from processes import TINY, damage_picture, launch, losses, run, status, summary
 
 STEPS = 14
 
@@ -184,12 +184,3 @@ def test_bad_validation_samples_are_quarantined_and_too_many_stop_the_run(
     assert process.returncode == 2
     assert "2 bad samples of 'validation'" in output
     assert keys[1] in output
-
-
-def damage_picture(data: Path, shard: str, row: int) -> str:
-    """Writes over the head of a picture; returns the key of its sample."""
-    words = (data / f"{shard}.idx").read_text().splitlines()[row + 1].split()
-    with (data / f"{shard}.tar").open("r+b") as file:
-        file.seek(int(words[1]))
-        file.write(b"no picture")
-    return words[-1].removesuffix(".json")
