@@ -49,7 +49,8 @@ class Batch:
     targets_cut: Int64[Tensor, " batch"]
     """Of these, the ones whose target is True: evaluation counts them as not predicted."""
     pixels: UInt8[Tensor, "batch 3 height width"] | None
-    """RGB, 0 to 255, not normalised (the model normalises, on its device); None: text-only."""
+    """RGB, 0 to 255, not normalised (the model normalises, on its device); None: the data
+    set has no pictures, or the model does not look at them."""
     keys: tuple[str, ...]
     """Sample keys, "" in padding rows."""
     step: int

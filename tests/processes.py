@@ -84,6 +84,15 @@ def status(run_dir: Path) -> dict:
     return json.loads((run_dir / "status.json").read_text())
 
 
+def damage_picture(data: Path, shard: str, row: int) -> str:
+    """Writes over the head of a picture; returns the key of its sample."""
+    words = (data / f"{shard}.idx").read_text().splitlines()[row + 1].split()
+    with (data / f"{shard}.tar").open("r+b") as file:
+        file.seek(int(words[1]))
+        file.write(b"no picture")
+    return words[-1].removesuffix(".json")
+
+
 def free_port() -> int:
     """A TCP port on loopback that nobody listens on."""
     with socket.socket() as probe:

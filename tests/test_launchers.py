@@ -23,7 +23,7 @@ from magneto_dist.export import load_exported
 from magneto_dist.gallery import gallery
 from magneto_dist.inference import ItemPrediction
 from magneto_dist.trained_run import load_run
-from processes import TINY, launch, run, summary
+from processes import TINY, damage_picture, launch, run, summary
 
 NUM_ITEMS = 22  # of the validation split
 
@@ -221,6 +221,32 @@ def test_damaged_export_is_refused(exported, tmp_path, damage):
     (out / damage).write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=re.escape(damage)):
         load_exported(out)
+
+
+# Tags alone -------------------------------------------------------------------------------------
+
+
+def test_a_model_of_tags_alone_does_everything_and_minds_no_broken_picture(demo_shards, tmp_path):
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(demo_shards, data)
+    for shard in ("train-000000", "validation-000000"):
+        for row in range(3):
+            damage_picture(data, shard, row)
+    run("train_ls.py", *TINY, f"--data.path={data}", f"--output_dir={run_dir}", "--max_steps=6",
+        "--model.kind=tf-t", "--log.tensorboard=true", "--data.ledger=true")  # fmt: skip
+    assert len(lines(run_dir / "ledger" / "rank-00000.jsonl")) == 90
+    assert (run_dir / "quarantine" / "rank-00000.jsonl").read_text() == ""
+    assert summary(run_dir)["validation"]["items"] == NUM_ITEMS
+
+    scores, items, out = tmp_path / "scores.json", tmp_path / "items.jsonl", tmp_path / "out"
+    run("evaluate.py", "--run", str(run_dir), "--out", str(scores))
+    scored = json.loads(scores.read_text())
+    assert (scored["items"], scored["items_not_scored"]) == (NUM_ITEMS, 0)
+    run("predict.py", "--run", str(run_dir), "--input", str(data), "--out", str(items),
+        "--num_workers", "0")  # fmt: skip
+    assert [item for item in lines(items) if "error" in item] == []
+    run("export.py", "--run", str(run_dir), "--out", str(out))
+    assert load_exported(out).config.model.kind == "tf-t"
 
 
 def test_picture_of_the_gallery_is_a_small_jpeg():

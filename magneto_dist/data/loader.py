@@ -50,7 +50,8 @@ class Loader:
     Args:
         dataset: the data.
         split: train or validation.
-        config: its sections data, augment and tags, its seed, and train.objective.
+        config: its sections data, augment and tags, its seed, train.objective, and whether the
+            model sees pictures; if not, none are read.
         world: this rank among the others.
         plan: how global batches are cut.
         training: shuffle, augment, add and drop tags; False: the split in order, once.
@@ -143,7 +144,9 @@ class Loader:
 
 
 def _choose_decoder(dataset: Dataset, config: Config) -> _Decoder:
-    if not dataset.has_images or config.data.constant_image:
+    # For tags alone annotations are all that is read: at text speed, and a picture that is broken
+    # costs no item.
+    if not (dataset.has_images and config.model.sees_pictures) or config.data.constant_image:
         return "none"
     decoder, has_gpu, has_dali = config.data.decoder, torch.cuda.is_available(), _dali_is_there()
     if decoder == "auto":

@@ -69,7 +69,7 @@ class MicroBatches(torch.utils.data.Dataset):
     training: bool
     """Shuffle, augment, add and drop tags; False: the split in order."""
     pictures: Literal["decoded", "encoded", "none"]
-    """What is made of them here; none: a text-only data set, or all grey."""
+    """What is made of them here; none: text alone (the data set or the model), or all grey."""
     outliers: int = 0
     """Tags added to each item in evaluation (Table 3)."""
     stages: tuple[Stage, ...] = ()
@@ -194,7 +194,8 @@ class MicroBatches(torch.utils.data.Dataset):
     def _grey(
         self, sample_valid: Bool[Tensor, " batch"]
     ) -> UInt8[Tensor, "batch 3 height width"] | None:
-        if not (self.dataset.has_images and self.config.data.constant_image):
+        shows_grey = self.config.data.constant_image and self.config.model.sees_pictures
+        if not (self.dataset.has_images and shows_grey):
             return None
         size = self.config.augment.image_size
         grey = sample_valid.to(torch.uint8) * GREY

@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from magneto_dist.data.shard_index import ShardIndex
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.writer import write_dataset
 from magneto_dist.vocabulary import Vocabulary
+from shard_edits import note_index_hashes
 
 NUM_SAMPLES = {"train": 60, "validation": 15}
 SAMPLES_PER_SHARD = 7
@@ -64,15 +64,6 @@ def write_small(out: Path, load: Callable[[tuple[str, int]], Sample]) -> Path:
         source={"builder": "test"},
     )
     return out
-
-
-def note_index_hashes(folder: Path) -> None:
-    """Makes `dataset.json` right again after its indexes were edited."""
-    fields = json.loads((folder / "dataset.json").read_text())
-    for shard in (shard for shards in fields["splits"].values() for shard in shards):
-        index = (folder / shard["name"]).with_suffix(".idx").read_bytes()
-        shard.update(index_num_bytes=len(index), index_sha256=sha256(index).hexdigest())
-    (folder / "dataset.json").write_text(json.dumps(fields))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small_data import VOCABULARY, note_index_hashes, read_jsonl
+from small_data import VOCABULARY, read_jsonl
 
 from magneto_dist.batch import Batch
 from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig
@@ -44,6 +44,7 @@ from magneto_dist.data.step_log import cut_back_all
 from magneto_dist.data.stream import Ledger, Quarantine
 from magneto_dist.data.writer import write_dataset
 from magneto_dist.world import World
+from shard_edits import note_index_hashes
 
 NUM_EPOCHS = 2
 MAX_SAMPLES = 60

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from small_data import NUM_SAMPLES, VOCABULARY, key_of, make_sample
 
 from magneto_dist.batch import Batch, Reject
-from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig, TrainConfig
+from magneto_dist.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TagsConfig,
+    TrainConfig,
+)
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
@@ -331,6 +338,21 @@ def test_grey_pictures_are_not_decoded_and_text_has_no_pixels(damaged, text_data
     assert text.empty_batch().pixels is None
     for name in ("tag_ids", "target", "sample_ids"):
         assert torch.equal(getattr(batch, name), getattr(text_batch, name))
+
+
+@pytest.mark.parametrize("kind", ["tf-t", "ff"])
+@pytest.mark.parametrize("data", [CONFIG.data, GREY])
+def test_a_model_that_sees_no_pictures_has_none_read(damaged, small_dataset, kind, data):
+    damaged.cut_picture(4)
+    damaged.replace_picture(9, b"no picture at all")
+    config = replace(CONFIG, data=data, model=ModelConfig(kind=kind))
+    of_tags = loader(damaged.open(), config, batch_size=60)
+    (batch,) = of_tags.batches(1, 1)
+    assert batch.pixels is None
+    assert of_tags.empty_batch().pixels is None
+    assert batch.rejects == ()
+    (with_pictures,) = loader(small_dataset, batch_size=60).batches(1, 1)
+    assert_equal([replace(batch, pixels=None)], [replace(with_pictures, pixels=None)])
 
 
 def test_an_empty_batch_has_the_shapes_of_all_others(small_dataset):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -17,6 +18,7 @@ from tar_samples import tar_samples
 
 from magneto_dist.data.sample import valid_key
 from magneto_dist.data.shards import Dataset
+from magneto_dist.data.shrink import Shrink
 from magneto_dist.data.sources import table
 from magneto_dist.data.sources.columns import unique_keys
 from magneto_dist.data.sources.table import TableColumns
@@ -119,6 +121,31 @@ def test_pictures_come_from_urls_too(tmp_path: Path, images: Path) -> None:
     assert "dead.jpg: does not exist" in reasons[0]
     assert "neither JPEG, PNG nor WebP" in reasons[1]
     assert "cannot be fetched" in reasons[2]
+
+
+def test_full_disk_is_noticed_before_it_is_full(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = images / "b.jpg"
+    big.write_bytes(picture() + bytes(2_000_000))
+    needed = sum(path.stat().st_size for path in images.iterdir())
+    rows = [*ROWS, {"file_name": "absent.jpg", "tags": ["sea"], "important_tags": None}]
+    path = write_table(tmp_path / "t.jsonl", rows)
+
+    def with_free(num_bytes: int) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=num_bytes)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    with_free(needed - 1)
+    with pytest.raises(InputError, match=r"the data set needs 0\.00 GB in .* make room"):
+        table.build(tmp_path / "out", path, images)
+    assert not list((tmp_path / "out").rglob("*.tar"))
+    # How small the pictures become is not known, nor how large those behind URLs are.
+    table.build(tmp_path / "small", path, images, shrink=Shrink(4))
+    rows[-1]["file_name"] = "http://127.0.0.1:9/closed.jpg"
+    table.build(tmp_path / "urls", write_table(tmp_path / "u.jsonl", rows), images)
+    with_free(needed)
+    assert table.build(tmp_path / "out", path, images).written == 3
 
 
 def test_unlabelled_table(tmp_path: Path, images: Path) -> None:

@@ -11,7 +11,6 @@ from small_data import (
     NUM_SAMPLES,
     key_of,
     make_sample,
-    note_index_hashes,
     picture,
     read_jsonl,
 )
@@ -22,6 +21,7 @@ from magneto_dist.data.shards import Dataset
 from magneto_dist.data.storage import Storage
 from magneto_dist.data.stream import Ledger, Quarantine, Record, SampleReader, load_rows
 from magneto_dist.errors import InputError
+from shard_edits import note_index_hashes
 
 
 def reader(dataset: Dataset, *, with_images: bool = True, **limit: int) -> SampleReader:

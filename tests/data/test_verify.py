@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_data import note_index_hashes
 
 from magneto_dist.data.sample import Sample
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.verify import Damage, verify
 from magneto_dist.data.writer import write_dataset
 from magneto_dist.vocabulary import Vocabulary
+from shard_edits import note_index_hashes
 
 Members = list[tuple[str, bytes]]
 

@@ -12,6 +12,7 @@ import pytest
 from magneto_dist.data.shard_index import ShardIndex
 from magneto_dist.data.sources import demo
 from processes import TINY, launch, run, summary
+from shard_edits import note_index_hashes
 
 ITEMS = 80
 
@@ -59,6 +60,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = lines[row + 1].split()
         lines[row + 1] = " ".join([words[0], "0", "0", *words[3:]])
     (folder / "train-000000.idx").write_text("\n".join([*lines, ""]))
+    note_index_hashes(folder)
     return folder
 
 
@@ -110,5 +112,8 @@ def test_so_many_bad_samples_stop_a_run_that_does_not_allow_for_them(
     assert process.returncode == 2, output
     assert "Traceback" not in output
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert "bad samples on this rank, more than --data.max_bad_fraction 0.01 allows" in error
-    assert str(tmp_path / "quarantine" / "rank-00000.jsonl") in error
+    assert (
+        "bad samples of 'train' on this rank, more than --data.max_bad_fraction 0.01 allows"
+        in error
+    )
+    assert str(tmp_path / "quarantine") in error

@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from processes import TINY, launch, losses, run, status, summary
+from processes import TINY, damage_picture, launch, losses, run, status, summary
 
 STEPS = 14
 
@@ -154,14 +155,56 @@ def test_bad_input_is_one_line_and_exit_code_2(
     demo_shards: Path, undisturbed: Path, change: str, named: str
 ) -> None:
     before = summary(undisturbed)
-    process = launch("train_ls.py", *options(demo_shards, undisturbed, change))
+    assert named in refusal(*options(demo_shards, undisturbed, change))
+    assert summary(undisturbed) == before
+
+
+def refusal(*options: str) -> str:
+    """The one line with which a training run on bad input ends."""
+    process = launch("train_ls.py", *options)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 2, output
-    errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert named in errors[0]
     assert "Traceback" not in output
-    assert summary(undisturbed) == before
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    return error
+
+
+def remove_shard(data: Path) -> None:
+    (data / "validation-000000.tar").unlink()
+
+
+def lengthen_shard(data: Path) -> None:
+    with (data / "train-000000.tar").open("ab") as file:
+        file.write(bytes(512))
+
+
+def change_vocabulary(data: Path) -> None:
+    path = data / "vocabulary.txt"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([f"{first}s", *others, ""]))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (remove_shard, ("validation-000000.tar", "does not exist")),
+        (lengthen_shard, ("train-000000.tar", "bytes, dataset.json says")),
+        (shutil.rmtree, ("data: no data set there",)),
+        (change_vocabulary, ("vocabulary.txt", "is not the vocabulary")),
+    ],
+)
+def test_a_spoilt_data_set_is_refused_before_anything_is_written(
+    demo_shards: Path, tmp_path: Path, spoil: Callable[[Path], None], named: tuple[str, ...]
+) -> None:
+    data, run_dir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(demo_shards, data)
+    spoil(data)
+    error = refusal(*options(data, run_dir))
+    assert str(data) in error
+    assert all(words in error for words in named), error
+    assert status(run_dir)["state"] == "failed"
+    assert status(run_dir)["reason"] in error
+    assert sorted(path.name for path in run_dir.iterdir()) == [".lock", "status.json"]
 
 
 def test_bad_validation_samples_are_quarantined_and_too_many_stop_the_run(
@@ -184,12 +227,3 @@ def test_bad_validation_samples_are_quarantined_and_too_many_stop_the_run(
     assert process.returncode == 2
     assert "2 bad samples of 'validation'" in output
     assert keys[1] in output
-
-
-def damage_picture(data: Path, shard: str, row: int) -> str:
-    """Writes over the head of a picture; returns the key of its sample."""
-    words = (data / f"{shard}.idx").read_text().splitlines()[row + 1].split()
-    with (data / f"{shard}.tar").open("r+b") as file:
-        file.seek(int(words[1]))
-        file.write(b"no picture")
-    return words[-1].removesuffix(".json")
