@@ -4,6 +4,7 @@
 2. Forward and backward of each; the optimizer steps.
 3. Where due: evaluate, let the schedule observe the loss, save.
 4. If somebody on any rank asked to stop, every rank saves at the same step.
+5. A loss that is not finite stops the run where it is logged, and before anything is saved.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.metrics import metric_sums
 from magneto_dist.model.norm import commit_batch_norm_statistics, reset_batch_norm_statistics
 from magneto_dist.training.checkpoint import Progress
+from magneto_dist.training.divergence import require_finite_state
 from magneto_dist.training.optim import Schedule
 from magneto_dist.training.process import StopRequest
 from magneto_dist.training.session import Session
@@ -84,9 +86,11 @@ def train(job: Job, progress: Progress) -> Progress:
 
     Raises:
         PreemptedError: stopped by a signal after saving.
+        InputError: the loss is not finite any more, or too many samples are bad.
     """
     _settle_gradient_buckets(job)
     if _evaluation_is_due(job, progress.step) and not progress.evaluated:
+        require_finite_state(job.session, job.model, progress.step, loss=None)
         progress = _evaluate_and_save(job, progress)
     batches = job.loader.batches(progress.step + 1, job.total_steps)
     for step in range(progress.step + 1, job.total_steps + 1):
@@ -103,10 +107,13 @@ def train(job: Job, progress: Progress) -> Progress:
             tags_cut=progress.tags_cut + int(counts.tags_cut),
         )
         progress = job.telemetry.step_done(progress, micro_batches, result, lr)
+        saves_now = step % job.config.checkpoint.every_steps == 0
+        if stop or saves_now or _evaluation_is_due(job, step):
+            require_finite_state(job.session, job.model, step, result.loss)
         if _evaluation_is_due(job, step):
             # Asked to stop, a scheduler may give us less time than an evaluation takes.
             progress = progress if stop else _evaluate_and_save(job, progress)
-        elif step % job.config.checkpoint.every_steps == 0 and not stop:
+        elif saves_now and not stop:
             job.save(progress)
         if stop:
             job.save(progress)

@@ -186,6 +186,34 @@ def test_bad_validation_samples_are_quarantined_and_too_many_stop_the_run(
     assert keys[1] in output
 
 
+@pytest.mark.parametrize(
+    ("log_every_steps", "save_every_steps", "ranks"), [(1, 1000, 0), (1000, 3, 0), (1, 3, 2)]
+)
+def test_a_run_that_diverges_stops_and_keeps_what_was_good(
+    demo_shards: Path, tmp_path: Path, log_every_steps: int, save_every_steps: int, ranks: int
+) -> None:
+    run("train_ls.py", *options(demo_shards, tmp_path, "--max_steps=1"))
+    good = load_file(tmp_path / "checkpoints/step-00000001/model.safetensors")
+    more = [
+        "--optim.lr=1e30",
+        f"--log.every_steps={log_every_steps}",
+        f"--checkpoint.every_steps={save_every_steps}",
+    ]
+    process = launch("train_ls.py", *options(demo_shards, tmp_path, *more), ranks=ranks)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == (1 if ranks else 2), output  # 1 is torchrun's
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "step" in error
+    assert "loss" in error
+    assert "--optim.lr" in error
+    assert status(tmp_path) == {"state": "failed", "step": 1, "reason": error[len("error: ") :]}
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    kept = load_file(tmp_path / "checkpoints/step-00000001/model.safetensors")
+    assert all(kept[name].equal(good[name]) for name in good)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+
+
 def damage_picture(data: Path, shard: str, row: int) -> str:
     """Writes over the head of a picture; returns the key of its sample."""
     words = (data / f"{shard}.idx").read_text().splitlines()[row + 1].split()
