@@ -79,6 +79,9 @@ class StepResult:
     sums: dict[str, Tensor]
     """Metric sums of this rank's rows; empty where nothing is logged."""
     gradient_norm: Tensor | None
+    """Global, before clipping, where it was computed."""
+    skipped: bool
+    """Whether fp16 gradients overflowed, so that no weight moved."""
 
 
 def train(job: Job, progress: Progress) -> Progress:
@@ -105,6 +108,7 @@ def train(job: Job, progress: Progress) -> Progress:
             evaluated=False,
             trained_items=progress.trained_items + int(counts.items),
             tags_cut=progress.tags_cut + int(counts.tags_cut),
+            skipped_steps=progress.skipped_steps + result.skipped,
         )
         progress = job.telemetry.step_done(progress, micro_batches, result, lr)
         saves_now = step % job.config.checkpoint.every_steps == 0
@@ -151,9 +155,20 @@ def train_step(
         if log:
             new = metric_sums(prediction, batch, config.train.threshold)
             sums = {name: value + sums.get(name, 0) for name, value in new.items()}
-    gradient_norm = session.step(job.model, job.optimizer)
-    commit_batch_norm_statistics(session.unwrap(job.model), session.reduce_sum)
-    return StepResult(loss, sums, gradient_norm)
+    stepped = session.step(job.model, job.optimizer)
+    settle_batch_norms(session, job.model, skipped=stepped.skipped)
+    return StepResult(loss, sums, stepped.gradient_norm, stepped.skipped)
+
+
+def settle_batch_norms(session: Session, model: nn.Module, *, skipped: bool) -> None:
+    """Moves the running statistics with the weights, or, where these did not move, not at all.
+
+    An overflow may lie in the activations already, and would stay in the statistics for good.
+    """
+    if skipped:
+        reset_batch_norm_statistics(session.unwrap(model))
+    else:
+        commit_batch_norm_statistics(session.unwrap(model), session.reduce_sum)
 
 
 def _reduce_counts(job: Job, micro_batches: Sequence[Batch]) -> tuple[Counts, bool]:

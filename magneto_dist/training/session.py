@@ -17,7 +17,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -30,6 +30,17 @@ from magneto_dist.errors import InputError, ReportedError
 from magneto_dist.world import World
 
 T = TypeVar("T")
+
+
+class OptimizerStep(NamedTuple):
+    """What became of an optimizer step, the same on all ranks."""
+
+    gradient_norm: Tensor | None
+    """Global norm before clipping, where it was computed."""
+    skipped: bool
+    """fp16: a gradient overflowed, so that the loss scale shrank and no weight moved. Gradients are
+    reduced before this is decided. The samples of the step were fed all the same: they are in the
+    ledger and in `trained_items`, and are not fed again in their epoch."""
 
 
 class Session:
@@ -136,18 +147,14 @@ class Session:
         else:
             self._accelerator.backward(loss)
 
-    def step(self, model: nn.Module, optimizer: Any) -> Tensor | None:
-        """Clips, moves the weights and clears the gradients.
-
-        Returns:
-            The global gradient norm before clipping, where it was computed.
-        """
+    def step(self, model: nn.Module, optimizer: Any) -> OptimizerStep:
+        """Clips, moves the weights (unless fp16 gradients overflowed) and clears the gradients."""
         norm = None
         if self._clip_norm > 0 and not self.is_deepspeed:
             norm = self._accelerator.clip_grad_norm_(model.parameters(), self._clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return norm
+        return OptimizerStep(norm, bool(optimizer.step_was_skipped))  # known on the CPU already
 
     def reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, the same on each; every rank must call it."""

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 class Telemetry:
     """Logs of one run, cut back to where it goes on from.
 
+    The ledger names the samples of every step that was taken, those of a step that fp16 skipped
+    included: they were fed, though no weight moved. `skipped_steps` counts such steps, from the
+    beginning of the run.
+
     Args:
         run_dir: RUN_DIR.
         session: this process among its peers.
@@ -206,6 +210,7 @@ class Telemetry:
         values = {
             "loss": reduced[0].item(),
             "lr": lr,
+            "skipped_steps": progress.skipped_steps,
             "images_per_second": (progress.trained_items - items) / window_s,
             "data_wait_fraction": (progress.data_wait_s - wait_s) / window_s,
             **flatten(summarise(sums)),

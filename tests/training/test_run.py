@@ -63,6 +63,7 @@ def test_run_folder(undisturbed: Path) -> None:
     assert (result["step"], result["epoch"], result["world_size"]) == (STEPS, 2, 1)
     assert 0 <= result["data_wait_fraction"] <= 1
     assert result["images_per_second"] > 0
+    assert result["skipped_steps"] == 0  # fp16 alone skips
     for head in ("final", "image", "tag"):
         for protocol in ("paper", "strict"):
             for metric in ("precision", "recall", "f1"):
