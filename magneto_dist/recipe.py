@@ -56,7 +56,7 @@ def run_training(config: Config) -> None:
     """
     die_with_launcher()
     stop = StopRequest()
-    session = Session(config.train)
+    session = Session(config.train, config.optim.clip_norm)
     try:
         with _run_folder(session, config) as run:
             _train_in_folder(config, session, stop, run)
@@ -122,9 +122,7 @@ def _train_in_folder(
     elif config.init_from:
         initialise_from(model, Path(config.init_from), config)
     schedule = Schedule(config.optim, total_steps)
-    wrapped, optimizer = session.prepare(
-        model, build_optimizer(model, config.optim), plan, config.optim.clip_norm
-    )
+    wrapped, optimizer = session.prepare(model, build_optimizer(model, config.optim), plan)
     if checkpoint:
         load_optimizer(session, checkpoint, wrapped, optimizer)
         schedule.load_state_dict(start.schedule)

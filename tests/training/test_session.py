@@ -35,7 +35,7 @@ def test_an_overflow_moves_neither_weights_nor_statistics(scaled_session: Sessio
     model = nn.Sequential(nn.Conv2d(3, 2, 1), norm)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plan = BatchPlan(global_batch_size=2, num_ranks=1, micro_batch_size=2, micro_steps=1)
-    model, optimizer = session.prepare(model, optimizer, plan, clip_norm=0.0)
+    model, optimizer = session.prepare(model, optimizer, plan)
 
     def step(factor: float) -> tuple[bool, dict[str, Tensor]]:
         with session.micro_step(model, is_last=True):
