@@ -277,6 +277,7 @@ def _summary(end: Progress, session: Session, loader: Loader) -> dict[str, Any]:
         "data_wait_fraction": end.data_wait_s / max(end.train_s, 1e-9),
         "trained_items": end.trained_items,
         "tags_cut": end.tags_cut,
+        "targets_cut": end.targets_cut,
         "skipped_steps": end.skipped_steps,
         "best": {"step": end.best_step, "f1": end.best_f1},
         "validation": end.validation,

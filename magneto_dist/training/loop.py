@@ -68,6 +68,8 @@ class Counts(NamedTuple):
     """Real tags of valid samples."""
     tags_cut: float
     """Tags that found no slot."""
+    targets_cut: float
+    """Important ones among them."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def train(job: Job, progress: Progress) -> Progress:
             evaluated=False,
             trained_items=progress.trained_items + int(counts.items),
             tags_cut=progress.tags_cut + int(counts.tags_cut),
+            targets_cut=progress.targets_cut + int(counts.targets_cut),
             skipped_steps=progress.skipped_steps + result.skipped,
         )
         progress = job.telemetry.step_done(progress, micro_batches, result, lr)
@@ -175,8 +178,9 @@ def _reduce_counts(job: Job, micro_batches: Sequence[Batch]) -> tuple[Counts, bo
     """Counts of the global batch, and whether any rank was asked to stop: one collective."""
     items_and_tags = torch.stack([count_for_loss(batch) for batch in micro_batches]).sum(0)
     tags_cut = sum(int(batch.tags_cut.sum()) for batch in micro_batches)
+    targets_cut = sum(int(batch.targets_cut.sum()) for batch in micro_batches)
     asked = job.stop.signal is not None
-    local = torch.cat([items_and_tags, items_and_tags.new_tensor([tags_cut, asked])])
+    local = torch.cat([items_and_tags, items_and_tags.new_tensor([tags_cut, targets_cut, asked])])
     if job.session.world.num_ranks > 1:
         local = job.session.reduce_sum(local)
     *counts, stop = local.tolist()  # with ranks on GPUs, a device synchronisation

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
 from pathlib import Path
 
@@ -185,6 +186,19 @@ def test_bad_validation_samples_are_quarantined_and_too_many_stop_the_run(
     assert process.returncode == 2
     assert "2 bad samples of 'validation'" in output
     assert keys[1] in output
+
+
+def test_tags_and_targets_without_a_slot_are_counted(demo_shards: Path, tmp_path: Path) -> None:
+    no_change = ["--tags.beta_add=0", "--tags.beta_drop=0", "--max_steps=6"]  # one epoch
+    run("train_ls.py", *options(demo_shards, tmp_path, *no_change, "--tags.max_tags=2"))
+    labels = []
+    for path in sorted(demo_shards.glob("train-*.tar")):
+        with tarfile.open(path) as tar:
+            members = [m for m in tar if m.name.endswith(".json")]
+            labels += [json.load(tar.extractfile(m))["important"] for m in members]  # type: ignore[arg-type]
+    result = summary(tmp_path)
+    assert result["tags_cut"] == sum(max(0, len(important) - 2) for important in labels)
+    assert 0 < result["targets_cut"] <= min(result["tags_cut"], sum(map(sum, labels)))
 
 
 @pytest.mark.parametrize(
