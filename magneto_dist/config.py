@@ -156,7 +156,13 @@ class ModelConfig:
     """First stages that are never trained; the paper's "first 3 residual blocks" of a ResNet are 4
     (stem and layer1 to layer3); "all" freezes the whole backbone, 0 none of it."""
     backbone_batch_norm: Literal["ghost", "frozen", "local", "sync"] = "frozen"
-    """Batch norms in the trained stages of the backbone; ghost: see batch_norm_group_size."""
+    """Batch norms in the trained stages of the backbone; frozen: statistics, scale and shift all
+    stand still, as usual for pre-trained backbones (torchvision's FrozenBatchNorm2d), so that the
+    convolutions alone are trained; ghost: see batch_norm_group_size."""
+    frozen_batch_norm: Literal["fixed", "drifting"] = "fixed"
+    """Batch norms in the frozen stages; fixed: folded into the convolutions; drifting: in training
+    they normalise by the batch (in ghost groups) and their running statistics move, as in the
+    authors' code; scale and shift stay. Slower; to reproduce their numbers alone."""
     projection_batch_norm: Literal["ghost", "local", "sync"] = "ghost"
     """The batch norm after the 1x1 convolution."""
     batch_norm_group_size: int = 16

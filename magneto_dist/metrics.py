@@ -4,10 +4,15 @@
 2. Sums of any split of the data are added (`add_sums`), and over ranks (`reduce_sums`).
 3. `summarise` divides, once.
 
-Two protocols differ in items without any predicted tag: `paper` leaves them out of precision,
-`strict` counts their precision as 0. Both count their F1 as 0. An item without any target has no
-recall, and an F1 only where something was predicted (then 0). Targets that found no slot
+Two protocols differ in items that have targets and no predicted tag: `paper` leaves them out of
+precision, `strict` counts their precision as 0. Both count their F1 as 0. An item without any
+target has no recall, and precision and F1 only where something was predicted (then 0): one with
+neither was answered rightly, and is left out of everything. Targets that found no slot
 (`targets_cut`) count as not predicted.
+
+The sums are our own code, because no library has the paper's item-wise protocols, and because sums
+add up over batches and ranks in one reduction; in tests torchmetrics is the reference of the
+standard metrics.
 """
 
 from __future__ import annotations
@@ -152,7 +157,7 @@ def _summarise_head(sums: Mapping[str, Tensor], head: str) -> dict:
         protocol: {"precision": _ratio(of_head["precision"], items), "recall": recall, "f1": f1}
         for protocol, items in (
             ("paper", of_head["items_with_prediction"]),
-            ("strict", sums["items"]),
+            ("strict", of_head["items_with_f1"]),
         )
     }
     result["micro_f1"] = _ratio(2 * of_head["hits"], of_head["predicted"] + of_head["targets"])

@@ -57,7 +57,7 @@ def run_training(config: Config) -> None:
     """
     die_with_launcher()
     stop = StopRequest()
-    session = Session(config.train)
+    session = Session(config.train, config.optim.clip_norm)
     try:
         with _run_folder(session, config) as run:
             _train_in_folder(config, session, stop, run)
@@ -126,9 +126,7 @@ def _train_in_folder(
     elif config.init_from:
         initialise_from(model, Path(config.init_from), config, dataset.vocabulary)
     schedule = Schedule(config.optim, total_steps)
-    wrapped, optimizer = session.prepare(
-        model, build_optimizer(model, config.optim), plan, config.optim.clip_norm
-    )
+    wrapped, optimizer = session.prepare(model, build_optimizer(model, config.optim), plan)
     if checkpoint:
         load_optimizer(session, checkpoint, wrapped, optimizer)
         schedule.load_state_dict(start.schedule)
@@ -290,6 +288,8 @@ def _summary(end: Progress, session: Session, loader: Loader) -> dict[str, Any]:
         "data_wait_fraction": end.data_wait_s / max(end.train_s, 1e-9),
         "trained_items": end.trained_items,
         "tags_cut": end.tags_cut,
+        "targets_cut": end.targets_cut,
+        "skipped_steps": end.skipped_steps,
         "best": {"step": end.best_step, "f1": end.best_f1},
         "validation": end.validation,
     }

@@ -11,7 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torchmetrics.functional.classification import binary_average_precision
+from torchmetrics.functional.classification import (
+    binary_average_precision,
+    multilabel_f1_score,
+)
 
 from magneto_dist.batch import Batch, Prediction
 from magneto_dist.metrics import Sums, add_sums, metric_sums, reduce_sums, summarise
@@ -152,7 +155,7 @@ def reference(items: list[Item], prediction: Prediction, threshold: float) -> di
         all_targets = targets.total() + num_cut
         result[head] = {
             "paper": {"precision": ratio(sum(precisions), len(precisions)), **both},
-            "strict": {"precision": ratio(sum(precisions), len(scored)), **both},
+            "strict": {"precision": ratio(sum(precisions), len(f1s)), **both},
             "micro_f1": ratio(2 * hits.total(), predicted.total() + all_targets),
             "average_precision": ratio(sum(mean_precisions), len(mean_precisions)),
             "macro_f1": ratio(
@@ -264,6 +267,23 @@ def test_average_precision_without_ties_is_torchmetrics(
     assert got == pytest.approx(expected.item(), abs=1e-6)  # torchmetrics counts in float32
 
 
+@given(st.lists(st.text("hfmr", min_size=5, max_size=5), min_size=1, max_size=6))
+def test_micro_and_macro_f1_are_torchmetrics(texts: list[str]) -> None:
+    got = metrics([item(text) for text in texts])["final"]
+    predicted = torch.tensor([[char in "hf" for char in text] for text in texts]).int()
+    target = torch.tensor([[char in "hm" for char in text] for text in texts]).int()
+    occurs = (predicted | target).any(0)  # torchmetrics counts a concept that never does as 0
+    if not occurs.any():
+        assert got["micro_f1"] == got["macro_f1"] == 0
+        return
+    predicted, target = predicted[:, occurs], target[:, occurs]
+    # every concept twice, which changes no mean: torchmetrics wants two labels or more
+    twice = [torch.cat([t, t], 1) for t in (predicted, target)]
+    for average in ("micro", "macro"):
+        expected = multilabel_f1_score(*twice, num_labels=twice[0].shape[1], average=average)
+        assert got[f"{average}_f1"] == pytest.approx(expected.item(), abs=1e-6)  # float32
+
+
 def test_tags_of_equal_probability_share_the_worst_rank() -> None:
     tied = Item(tuple(Tag(i, i == 0, False, 0.0, 0.0, 0.0) for i in range(4)))
     assert metrics([tied])["final"]["average_precision"] == 1 / 4
@@ -287,7 +307,8 @@ def test_protocols_differ_in_items_without_a_predicted_tag() -> None:
 def test_items_without_a_target_have_no_recall_and_an_f1_only_where_predicted() -> None:
     silent, wrong = metrics([item("h"), item("rr")]), metrics([item("h"), item("fr")])
     assert silent["final"]["paper"] == {"precision": 1, "recall": 1, "f1": 1}
-    assert silent["final"]["strict"]["precision"] == 1 / 2
+    assert silent["final"]["strict"] == silent["final"]["paper"]
+    assert wrong["final"]["strict"]["precision"] == 1 / 2
     assert wrong["final"]["paper"] == {"precision": 1 / 2, "recall": 1, "f1": 1 / 2}
 
 

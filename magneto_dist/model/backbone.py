@@ -54,13 +54,19 @@ def build_backbone(config: ModelConfig) -> Backbone:
             f" {', '.join(stages)}"
         )
     num_frozen = kept if config.frozen_stages == "all" else config.frozen_stages
-    chosen = OrderedDict(
-        (name, stage if index < num_frozen else _convert_batch_norms(stage, config))
-        for index, (name, stage) in enumerate(list(stages.items())[:kept])
-    )
+    chosen = OrderedDict(list(stages.items())[:kept])
+    for index, (name, stage) in enumerate(chosen.items()):
+        kind = config.backbone_batch_norm
+        if index < num_frozen:
+            kind = "ghost" if config.frozen_batch_norm == "drifting" else "frozen"
+        chosen[name] = _convert_batch_norms(stage, kind, config.batch_norm_group_size)
     out_channels = _probe_channels(nn.Sequential(chosen), config.backbone)
     return Backbone(
-        nn.Sequential(chosen), out_channels, num_frozen, config.backbone_batch_norm == "frozen"
+        nn.Sequential(chosen),
+        out_channels,
+        num_frozen,
+        batch_norms_frozen=config.backbone_batch_norm == "frozen",
+        frozen_norms_drift=config.frozen_batch_norm == "drifting",
     )
 
 
@@ -70,13 +76,16 @@ class Backbone(nn.Module):
     The first `num_frozen_stages` are really frozen: their parameters need no gradient, they run
     without a graph and with batch norms folded, and they are in evaluation mode even in `train()`,
     so that no batch-norm statistic of theirs ever moves. Where `batch_norms_frozen`, the batch
-    norms of the other stages stand still too, scale and shift included.
+    norms of the other stages stand still too, scale and shift included. Where `frozen_norms_drift`,
+    the batch norms of the frozen stages (ghost ones, so that ranks agree) stay in training mode and
+    are not folded: they have no fixed statistics to fold.
 
     Args:
         stages: named stages, first to last; the state_dict calls them `stages.NAME`.
         out_channels: channels of the last stage.
         num_frozen_stages: stages that are never trained; more than there are: all.
         batch_norms_frozen: fix the batch norms of trained stages.
+        frozen_norms_drift: let the statistics of the frozen stages' batch norms move.
     """
 
     scale: Tensor
@@ -87,13 +96,16 @@ class Backbone(nn.Module):
         stages: nn.Sequential,
         out_channels: int,
         num_frozen_stages: int,
+        *,
         batch_norms_frozen: bool,
+        frozen_norms_drift: bool,
     ) -> None:
         super().__init__()
         self.stages = stages
         self.out_channels = out_channels
         self.num_frozen_stages = num_frozen_stages
         self.batch_norms_frozen = batch_norms_frozen
+        self.frozen_norms_drift = frozen_norms_drift
         mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
@@ -107,9 +119,13 @@ class Backbone(nn.Module):
     ) -> Float[Tensor, "batch out_channels grid_height grid_width"]:
         """Features of RGB pixels of 0 to 255, in the dtype of the parameters (or autocast's)."""
         x = pixels.to(self.scale.dtype) * self.scale + self.shift
-        stages = list(self.stages)
-        x = self._folded(stages[: self.num_frozen_stages], x)
-        for stage in stages[self.num_frozen_stages :]:
+        frozen, trained = self._frozen_stages(), list(self.stages)[self.num_frozen_stages :]
+        if self.frozen_norms_drift:
+            for stage in frozen:  # no parameter of theirs needs a gradient: no graph
+                x = stage(x)
+        else:
+            x = self._folded(frozen, x)
+        for stage in trained:
             x = stage(x)
         return x
 
@@ -118,13 +134,23 @@ class Backbone(nn.Module):
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()
+        if self.frozen_norms_drift:
+            for norm in (m for s in self._frozen_stages() for m in _batch_norms(s)):
+                norm.train(mode)
         return self
 
+    def _frozen_stages(self) -> list[nn.Module]:
+        return list(self.stages)[: self.num_frozen_stages]
+
     def _frozen_modules(self) -> list[nn.Module]:
-        modules = list(self.stages)[: self.num_frozen_stages]
+        modules = self._frozen_stages()
         if self.batch_norms_frozen:
-            modules += [m for m in self.stages.modules() if isinstance(m, nn.BatchNorm2d)]
+            modules += _batch_norms(self.stages)
         return modules
+
+
+def _batch_norms(module: nn.Module) -> list[nn.BatchNorm2d]:
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
 def _network(name: str) -> nn.Module:
@@ -150,11 +176,10 @@ def _stages(network: nn.Module, name: str) -> OrderedDict[str, nn.Module]:
     raise InputError(f"--model.backbone {name} has no stages to keep; supported are {_SUPPORTED}")
 
 
-def _convert_batch_norms(stage: nn.Module, config: ModelConfig) -> nn.Module:
-    if config.backbone_batch_norm == "ghost":
-        group_size = config.batch_norm_group_size
+def _convert_batch_norms(stage: nn.Module, kind: str, group_size: int) -> nn.Module:
+    if kind == "ghost":
         return replace_batch_norms(stage, lambda norm: GhostBatchNorm2d.like(norm, group_size))
-    if config.backbone_batch_norm == "sync":
+    if kind == "sync":
         return nn.SyncBatchNorm.convert_sync_batchnorm(stage)
     return stage  # "local" as it is; Backbone itself fixes "frozen"
 

@@ -68,6 +68,10 @@ class Progress:
     """Of these, seconds in which the loop waited for data."""
     tags_cut: int = 0
     """Tags of trained items that found no slot."""
+    targets_cut: int = 0
+    """Important ones among them."""
+    skipped_steps: int = 0
+    """fp16 steps whose gradients overflowed: counted as steps, but no weight moved."""
     validation: dict[str, Any] = field(default_factory=dict)
     """Metrics of the last evaluation."""
     schedule: dict[str, float] = field(default_factory=dict)

@@ -4,6 +4,7 @@
 2. Forward and backward of each; the optimizer steps.
 3. Where due: evaluate, let the schedule observe the loss, save.
 4. If somebody on any rank asked to stop, every rank saves at the same step.
+5. A loss that is not finite stops the run where it is logged, and before anything is saved.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.metrics import metric_sums
 from magneto_dist.model.norm import commit_batch_norm_statistics, reset_batch_norm_statistics
 from magneto_dist.training.checkpoint import Progress
+from magneto_dist.training.divergence import require_finite_state
 from magneto_dist.training.optim import Schedule
 from magneto_dist.training.process import StopRequest
 from magneto_dist.training.session import Session
@@ -66,6 +68,8 @@ class Counts(NamedTuple):
     """Real tags of valid samples."""
     tags_cut: float
     """Tags that found no slot."""
+    targets_cut: float
+    """Important ones among them."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,9 @@ class StepResult:
     sums: dict[str, Tensor]
     """Metric sums of this rank's rows; empty where nothing is logged."""
     gradient_norm: Tensor | None
+    """Global, before clipping, where it was computed."""
+    skipped: bool
+    """Whether fp16 gradients overflowed, so that no weight moved."""
 
 
 def train(job: Job, progress: Progress) -> Progress:
@@ -84,9 +91,11 @@ def train(job: Job, progress: Progress) -> Progress:
 
     Raises:
         PreemptedError: stopped by a signal after saving.
+        InputError: the loss is not finite any more, or too many samples are bad.
     """
     _settle_gradient_buckets(job)
     if _evaluation_is_due(job, progress.step) and not progress.evaluated:
+        require_finite_state(job.session, job.model, progress.step, loss=None)
         progress = _evaluate_and_save(job, progress)
     batches = job.loader.batches(progress.step + 1, job.total_steps)
     for step in range(progress.step + 1, job.total_steps + 1):
@@ -101,12 +110,17 @@ def train(job: Job, progress: Progress) -> Progress:
             evaluated=False,
             trained_items=progress.trained_items + int(counts.items),
             tags_cut=progress.tags_cut + int(counts.tags_cut),
+            targets_cut=progress.targets_cut + int(counts.targets_cut),
+            skipped_steps=progress.skipped_steps + result.skipped,
         )
         progress = job.telemetry.step_done(progress, micro_batches, result, lr)
+        saves_now = step % job.config.checkpoint.every_steps == 0
+        if stop or saves_now or _evaluation_is_due(job, step):
+            require_finite_state(job.session, job.model, step, result.loss)
         if _evaluation_is_due(job, step):
             # Asked to stop, a scheduler may give us less time than an evaluation takes.
             progress = progress if stop else _evaluate_and_save(job, progress)
-        elif step % job.config.checkpoint.every_steps == 0 and not stop:
+        elif saves_now and not stop:
             job.save(progress)
         if stop:
             job.save(progress)
@@ -144,17 +158,29 @@ def train_step(
         if log:
             new = metric_sums(prediction, batch, config.train.threshold)
             sums = {name: value + sums.get(name, 0) for name, value in new.items()}
-    gradient_norm = session.step(job.model, job.optimizer)
-    commit_batch_norm_statistics(session.unwrap(job.model), session.reduce_sum)
-    return StepResult(loss, sums, gradient_norm)
+    stepped = session.step(job.model, job.optimizer)
+    settle_batch_norms(session, job.model, skipped=stepped.skipped)
+    return StepResult(loss, sums, stepped.gradient_norm, stepped.skipped)
+
+
+def settle_batch_norms(session: Session, model: nn.Module, *, skipped: bool) -> None:
+    """Moves the running statistics with the weights, or, where these did not move, not at all.
+
+    An overflow may lie in the activations already, and would stay in the statistics for good.
+    """
+    if skipped:
+        reset_batch_norm_statistics(session.unwrap(model))
+    else:
+        commit_batch_norm_statistics(session.unwrap(model), session.reduce_sum)
 
 
 def _reduce_counts(job: Job, micro_batches: Sequence[Batch]) -> tuple[Counts, bool]:
     """Counts of the global batch, and whether any rank was asked to stop: one collective."""
     items_and_tags = torch.stack([count_for_loss(batch) for batch in micro_batches]).sum(0)
     tags_cut = sum(int(batch.tags_cut.sum()) for batch in micro_batches)
+    targets_cut = sum(int(batch.targets_cut.sum()) for batch in micro_batches)
     asked = job.stop.signal is not None
-    local = torch.cat([items_and_tags, items_and_tags.new_tensor([tags_cut, asked])])
+    local = torch.cat([items_and_tags, items_and_tags.new_tensor([tags_cut, targets_cut, asked])])
     if job.session.world.num_ranks > 1:
         local = job.session.reduce_sum(local)
     *counts, stop = local.tolist()  # with ranks on GPUs, a device synchronisation

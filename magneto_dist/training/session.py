@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -26,10 +25,22 @@ from torch import Tensor, nn
 
 from magneto_dist.config import TrainConfig
 from magneto_dist.data.order import BatchPlan
-from magneto_dist.errors import InputError, ReportedError
+from magneto_dist.errors import ReportedError
+from magneto_dist.training.launch_flags import check_launch, uses_deepspeed
 from magneto_dist.world import World
 
 T = TypeVar("T")
+
+
+class OptimizerStep(NamedTuple):
+    """What became of an optimizer step, the same on all ranks."""
+
+    gradient_norm: Tensor | None
+    """Global norm before clipping, where it was computed."""
+    skipped: bool
+    """fp16: a gradient overflowed, so that the loss scale shrank and no weight moved. Gradients are
+    reduced before this is decided. The samples of the step were fed all the same: they are in the
+    ledger and in `trained_items`, and are not fed again in their epoch."""
 
 
 class Session:
@@ -37,15 +48,16 @@ class Session:
 
     Args:
         config: precision and kind of training.
+        clip_norm: largest global gradient norm, 0: no clipping; None: nothing will be trained.
 
     Raises:
         InputError: the precision or a flag of the process launcher does not fit this machine or
             contradicts our configuration.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, clip_norm: float | None = None) -> None:
         has_gpu = torch.cuda.is_available()
-        _check_launch(config, has_gpu)
+        check_launch(config, clip_norm, has_gpu)
         if not has_gpu:  # DeepSpeed, imported by accelerate, would warn of what it guesses
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             # torchrun's and accelerate's default, too. Alone, torch would take all cores, and
@@ -61,7 +73,7 @@ class Session:
         self._accelerator = Accelerator(
             mixed_precision=config.precision,
             # accelerate's DeepSpeed path must not be told that it is on CPU.
-            cpu=False if _uses_deepspeed() else not has_gpu,
+            cpu=False if uses_deepspeed() else not has_gpu,
             step_scheduler_with_optimizer=False,
             kwargs_handlers=handlers,
         )
@@ -73,6 +85,7 @@ class Session:
             ranks_per_node=ranks_per_node,
         )
         self._gradient_scale = float(self.world.num_ranks)
+        self._clip_norm = clip_norm or 0.0
 
     @property
     def device(self) -> torch.device:
@@ -90,10 +103,9 @@ class Session:
         return self._accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, plan: BatchPlan, clip_norm: float
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, plan: BatchPlan
     ) -> tuple[nn.Module, Any]:
         """Model and optimizer on this process's device, wrapped for its way of training."""
-        self._clip_norm = clip_norm
         if self.is_deepspeed:
             # It reads the weights as flat bytes, which channels-last ones are not.
             model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -105,7 +117,7 @@ class Session:
                 train_micro_batch_size_per_gpu=plan.micro_batch_size,
                 gradient_accumulation_steps=plan.micro_steps,
                 # Unless told otherwise DeepSpeed clips to norm 1; 0 is off.
-                gradient_clipping=clip_norm,
+                gradient_clipping=self._clip_norm,
             )
         with warnings.catch_warnings():
             # The name that replaces it does not exist in torch 2.11, nor in accelerate yet.
@@ -136,18 +148,14 @@ class Session:
         else:
             self._accelerator.backward(loss)
 
-    def step(self, model: nn.Module, optimizer: Any) -> Tensor | None:
-        """Clips, moves the weights and clears the gradients.
-
-        Returns:
-            The global gradient norm before clipping, where it was computed.
-        """
+    def step(self, model: nn.Module, optimizer: Any) -> OptimizerStep:
+        """Clips, moves the weights (unless fp16 gradients overflowed) and clears the gradients."""
         norm = None
         if self._clip_norm > 0 and not self.is_deepspeed:
             norm = self._accelerator.clip_grad_norm_(model.parameters(), self._clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return norm
+        return OptimizerStep(norm, bool(optimizer.step_was_skipped))  # known on the CPU already
 
     def reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, the same on each; every rank must call it."""
@@ -205,40 +213,3 @@ class Session:
         """
         self._accelerator.free_memory()
         self._accelerator.end_training()
-
-
-def _uses_deepspeed() -> bool:
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-
-
-def _check_launch(config: TrainConfig, has_gpu: bool) -> None:
-    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched_with not in ("no", config.precision):
-        raise InputError(
-            f"accelerate was launched with mixed precision {launched_with}, our configuration says"
-            f" --train.precision {config.precision}: set it in our configuration alone"
-        )
-    if config.precision == "fp16" and not has_gpu:
-        raise InputError("--train.precision fp16 needs a GPU; on CPU use bf16 or no")
-    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation not in ("1", "auto"):
-        raise InputError(
-            f"accelerate was launched with {accumulation} gradient accumulation steps; ours follow"
-            " from --train.global_batch_size and --train.max_micro_batch_size: leave them at 1"
-        )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
-        raise InputError("FSDP is not supported; use DDP or DeepSpeed (configs/accelerate/)")
-    if _is_alone_against_order():
-        print(
-            "warning: `accelerate launch` starts one process on CPU, however many it is asked for;"
-            " use `torchrun --nproc_per_node N`",
-            file=sys.stderr,
-        )
-
-
-def _is_alone_against_order() -> bool:
-    """accelerate prepares a meeting of several processes on CPU, then starts a single one."""
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    # What says in which of the processes we are: torchrun's, then those of MPI launchers.
-    ranks = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
-    return on_cpu and "MASTER_PORT" in os.environ and not ranks & set(os.environ)

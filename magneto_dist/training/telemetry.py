@@ -26,6 +26,7 @@ from magneto_dist.data.stream import Ledger, Quarantine
 from magneto_dist.errors import InputError
 from magneto_dist.metrics import summarise
 from magneto_dist.training.checkpoint import Progress
+from magneto_dist.training.divergence import require_finite_loss
 from magneto_dist.training.session import Session
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 class Telemetry:
     """Logs of one run, cut back to where it goes on from.
+
+    The ledger names the samples of every step that was taken, those of a step that fp16 skipped
+    included: they were fed, though no weight moved. `skipped_steps` counts such steps, from the
+    beginning of the run.
 
     Args:
         run_dir: RUN_DIR.
@@ -116,7 +121,8 @@ class Telemetry:
         """Records a completed optimizer step; returns `progress` with its times.
 
         Raises:
-            InputError: more bad samples than `data.max_bad_fraction` allows.
+            InputError: more bad samples than `data.max_bad_fraction` allows; at a logged step, a
+                loss that is not finite.
         """
         self._record_samples(micro_batches)
         now_s = time.perf_counter()
@@ -141,8 +147,10 @@ class Telemetry:
         """Records nested validation metrics, the same on all ranks, and this rank's bad samples.
 
         Raises:
-            InputError: more bad samples than `data.max_bad_fraction` allows.
+            InputError: more bad samples than `data.max_bad_fraction` allows, or a loss that is not
+                finite.
         """
+        require_finite_loss(self._session, step, metrics["loss"], "validation loss")
         epoch = (step - 1) // self._steps_per_epoch
         self._record_rejects("validation", rejects, epoch, step)
         if self._metrics is not None:
@@ -190,6 +198,7 @@ class Telemetry:
         packed = [result.loss.double().reshape(1), *(result.sums[n].reshape(-1) for n in names)]
         sizes = [part.numel() for part in packed]
         reduced = self._session.reduce_sum(torch.cat(packed)).cpu().split(sizes)
+        require_finite_loss(self._session, progress.step, reduced[0].item())  # NaN is no JSON
         if self._metrics is None:
             return
         sums = {
@@ -201,11 +210,13 @@ class Telemetry:
         values = {
             "loss": reduced[0].item(),
             "lr": lr,
+            "skipped_steps": progress.skipped_steps,
             "images_per_second": (progress.trained_items - items) / window_s,
             "data_wait_fraction": (progress.data_wait_s - wait_s) / window_s,
             **flatten(summarise(sums)),
         }
-        if result.gradient_norm is not None:
+        if result.gradient_norm is not None and result.gradient_norm.isfinite():
+            # fp16 overflows now and then; such a step is skipped, and its norm is no number
             values["gradient_norm"] = float(result.gradient_norm)
         self._window = (progress.trained_items, progress.train_s, progress.data_wait_s)
         self._write(progress.step, "train", values)

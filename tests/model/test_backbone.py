@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import normalize
 from magneto_dist.config import ModelConfig
 from magneto_dist.errors import InputError
 from magneto_dist.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, build_backbone
-from magneto_dist.model.norm import GhostBatchNorm2d
+from magneto_dist.model.norm import GhostBatchNorm2d, commit_batch_norm_statistics
 
 REAL_WEIGHTS = (
     Path(__file__).parents[3] / "shared" / "weights" / "mobilenet_v2_imagenet_dequantised.pth"
@@ -146,6 +146,46 @@ def test_a_step_moves_the_trained_stages_alone(kind: str) -> None:
             "ghost": trained,  # statistics move at the commit
         }[kind]
     )
+
+
+@pytest.mark.parametrize("kind", ["frozen", "ghost"])
+def test_drifting_statistics_of_frozen_stages_are_all_of_them_that_moves(kind: str) -> None:
+    backbone = build(
+        backbone_stages=3,
+        frozen_stages=2,
+        backbone_batch_norm=kind,
+        frozen_batch_norm="drifting",
+        batch_norm_group_size=4,
+    )
+    before = snapshot(backbone)
+    train_step(backbone)
+    commit_batch_norm_statistics(backbone, lambda packed: packed)
+    after = backbone.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    of_frozen = {name for name in moved if not name.startswith("stages.layer2.")}
+    norms = [n for n, m in backbone.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    frozen_norms = [name for name in norms if not name.startswith("stages.layer2.")]
+    running = ("running_mean", "running_var", "num_batches_tracked")
+    assert of_frozen == {f"{name}.{part}" for name in frozen_norms for part in running}
+    layer2_drifts = "stages.layer2.0.bn1.running_mean" in moved
+    assert layer2_drifts == (kind == "ghost")
+
+
+def test_drifting_statistics_are_those_that_a_batch_norm_in_training_mode_has() -> None:
+    drifting = build(
+        backbone_stages=1, frozen_stages=1, frozen_batch_norm="drifting", batch_norm_group_size=4
+    )
+    plain = build(backbone_stages=1, frozen_stages=0, backbone_batch_norm="local")
+    plain.load_state_dict(drifting.state_dict())
+    assert not drifting.train()(pixels(4)).requires_grad
+    torch.testing.assert_close(drifting(pixels(4)), plain.train()(pixels(4)))
+    commit_batch_norm_statistics(drifting, lambda packed: packed)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(drifting.state_dict()[name], tensor, msg=name)
+    before = snapshot(drifting)
+    torch.testing.assert_close(drifting.eval()(pixels(4)), plain.eval()(pixels(4)))
+    commit_batch_norm_statistics(drifting, lambda packed: packed)
+    assert all(torch.equal(before[name], t) for name, t in drifting.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "efficientnet_b0"])

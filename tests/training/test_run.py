@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,7 @@ def test_run_folder(undisturbed: Path) -> None:
     assert (result["step"], result["epoch"], result["world_size"]) == (STEPS, 2, 1)
     assert 0 <= result["data_wait_fraction"] <= 1
     assert result["images_per_second"] > 0
+    assert result["skipped_steps"] == 0  # fp16 alone skips
     for head in ("final", "image", "tag"):
         for protocol in ("paper", "strict"):
             for metric in ("precision", "recall", "f1"):
@@ -227,3 +229,53 @@ def test_bad_validation_samples_are_quarantined_and_too_many_stop_the_run(
     assert process.returncode == 2
     assert "2 bad samples of 'validation'" in output
     assert keys[1] in output
+
+
+def test_tags_and_targets_without_a_slot_are_counted(demo_shards: Path, tmp_path: Path) -> None:
+    no_change = ["--tags.beta_add=0", "--tags.beta_drop=0", "--max_steps=6"]  # one epoch
+    run("train_ls.py", *options(demo_shards, tmp_path, *no_change, "--tags.max_tags=2"))
+    labels = []
+    for path in sorted(demo_shards.glob("train-*.tar")):
+        with tarfile.open(path) as tar:
+            members = [m for m in tar if m.name.endswith(".json")]
+            labels += [json.load(tar.extractfile(m))["important"] for m in members]  # type: ignore[arg-type]
+    result = summary(tmp_path)
+    assert result["tags_cut"] == sum(max(0, len(important) - 2) for important in labels)
+    assert 0 < result["targets_cut"] <= min(result["tags_cut"], sum(map(sum, labels)))
+
+
+@pytest.mark.parametrize(
+    ("log_every_steps", "save_every_steps", "ranks"), [(1, 1000, 0), (1000, 3, 0), (1, 3, 2)]
+)
+def test_a_run_that_diverges_stops_and_keeps_what_was_good(
+    demo_shards: Path, tmp_path: Path, log_every_steps: int, save_every_steps: int, ranks: int
+) -> None:
+    run("train_ls.py", *options(demo_shards, tmp_path, "--max_steps=1"))
+    good = load_file(tmp_path / "checkpoints/step-00000001/model.safetensors")
+    more = [
+        "--optim.lr=1e30",
+        f"--log.every_steps={log_every_steps}",
+        f"--checkpoint.every_steps={save_every_steps}",
+    ]
+    process = launch("train_ls.py", *options(demo_shards, tmp_path, *more), ranks=ranks)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == (1 if ranks else 2), output  # 1 is torchrun's
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "step" in error
+    assert "loss" in error
+    assert "--optim.lr" in error
+    assert status(tmp_path) == {"state": "failed", "step": 1, "reason": error[len("error: ") :]}
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    kept = load_file(tmp_path / "checkpoints/step-00000001/model.safetensors")
+    assert all(kept[name].equal(good[name]) for name in good)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+
+
+def damage_picture(data: Path, shard: str, row: int) -> str:
+    """Writes over the head of a picture; returns the key of its sample."""
+    words = (data / f"{shard}.idx").read_text().splitlines()[row + 1].split()
+    with (data / f"{shard}.tar").open("r+b") as file:
+        file.seek(int(words[1]))
+        file.write(b"no picture")
+    return words[-1].removesuffix(".json")

@@ -1,0 +1,130 @@
+"""What `accelerate launch` was told, held against our configuration: a contradiction is an error.
+
+accelerate hands its flags and its configuration file to the processes as environment variables.
+Topology and ZeRO stage are theirs; precision, accumulation, clipping and compilation are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from magneto_dist.config import TrainConfig
+from magneto_dist.errors import InputError, ReportedError
+
+_UNSET = ("none", "auto")
+
+
+def check_launch(config: TrainConfig, clip_norm: float | None, has_gpu: bool) -> None:
+    """Warns of processes that accelerate did not start, and refuses what contradicts us.
+
+    Args:
+        config: ours.
+        clip_norm: ours; None: nothing is trained.
+        has_gpu: whether this machine has one.
+
+    Raises:
+        InputError: a flag of the process launcher, or of a DeepSpeed file that it names, says
+            something else than our configuration, or does not fit this machine.
+    """
+    _check_precision(config, has_gpu)
+    _check_accumulation(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"), "accelerate")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise _refusal("FSDP is not supported; use DDP or DeepSpeed (configs/accelerate/)")
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if compiler.lower() != "no":
+        raise _refusal(
+            f"accelerate was launched with dynamo backend {compiler.lower()}: leave it at no, and"
+            " use --train.compile true"
+        )
+    if uses_deepspeed():
+        _check_clipping(os.environ.get("ACCELERATE_GRADIENT_CLIPPING"), clip_norm, "accelerate")
+        _check_deepspeed_file(config, clip_norm)
+    if _is_alone_against_order():
+        print(
+            "warning: `accelerate launch` starts one process on CPU, however many it is asked for;"
+            " use `torchrun --nproc_per_node N`",
+            file=sys.stderr,
+        )
+
+
+def uses_deepspeed() -> bool:
+    """Whether accelerate was told to train with DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+
+
+def _check_precision(config: TrainConfig, has_gpu: bool) -> None:
+    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched_with not in ("no", config.precision):
+        raise _refusal(
+            f"accelerate was launched with mixed precision {launched_with}, our configuration says"
+            f" --train.precision {config.precision}: set it in our configuration alone"
+        )
+    if config.precision == "fp16" and not has_gpu:
+        raise _refusal("--train.precision fp16 needs a GPU; on CPU use bf16 or no")
+
+
+def _check_accumulation(given: object, who: str) -> None:
+    if not _is_unset(given) and str(given) != "1":
+        raise _refusal(
+            f"{who} says {given} gradient accumulation steps; ours follow from"
+            " --train.global_batch_size and --train.max_micro_batch_size: leave them at 1"
+        )
+
+
+def _check_clipping(given: Any, clip_norm: float | None, who: str) -> None:
+    if clip_norm is None or _is_unset(given):
+        return
+    try:
+        is_ours = float(given) == clip_norm
+    except (TypeError, ValueError):
+        is_ours = False
+    if not is_ours:
+        raise _refusal(
+            f"{who} says gradient clipping {given}, our configuration says --optim.clip_norm"
+            f" {clip_norm}: set it in our configuration alone"
+        )
+
+
+def _check_deepspeed_file(config: TrainConfig, clip_norm: float | None) -> None:
+    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if name == "none":
+        return
+    who = f"the DeepSpeed file {name}"
+    try:
+        settings = json.loads(Path(name).read_bytes())
+    except (OSError, ValueError) as error:
+        raise _refusal(f"{who} cannot be read: {error}") from None
+    if not isinstance(settings, dict):
+        raise _refusal(f"{who} is no JSON object")
+    _check_clipping(settings.get("gradient_clipping"), clip_norm, who)
+    _check_accumulation(settings.get("gradient_accumulation_steps"), who)
+    for precision in ("fp16", "bf16"):
+        section = settings.get(precision)
+        enabled = section.get("enabled") if isinstance(section, dict) else None
+        if not _is_unset(enabled) and bool(enabled) != (config.precision == precision):
+            raise _refusal(
+                f"{who} says {precision} enabled {str(enabled).lower()}, our configuration says"
+                f" --train.precision {config.precision}: set it in our configuration alone"
+            )
+
+
+def _is_unset(given: object) -> bool:
+    return given is None or str(given).lower() in _UNSET
+
+
+def _refusal(message: str) -> InputError:
+    """All processes meet the same contradiction; the main one says it."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    return InputError(message) if is_main else ReportedError(message)
+
+
+def _is_alone_against_order() -> bool:
+    """accelerate prepares a meeting of several processes on CPU, then starts a single one."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    # What says in which of the processes we are: torchrun's, then those of MPI launchers.
+    ranks = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+    return on_cpu and "MASTER_PORT" in os.environ and not ranks & set(os.environ)

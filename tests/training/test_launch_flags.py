@@ -1,0 +1,102 @@
+"""Flags of the process launcher against our configuration, without launching anything."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from magneto_dist.config import Precision, TrainConfig
+from magneto_dist.errors import InputError, ReportedError
+from magneto_dist.training.launch_flags import check_launch
+
+
+@pytest.fixture(autouse=True)
+def launched_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("ACCELERATE_"):
+            monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def launch_with_file(monkeypatch: pytest.MonkeyPatch, path: Path, settings: object) -> None:
+    path.write_text(json.dumps(settings))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("DYNAMO_BACKEND", "INDUCTOR", "inductor.*--train.compile true"),
+        ("MIXED_PRECISION", "bf16", "bf16.*--train.precision no"),
+        ("GRADIENT_ACCUMULATION_STEPS", "2", "2 gradient accumulation steps"),
+        ("GRADIENT_CLIPPING", "1.0", "clipping 1.0.*--optim.clip_norm 0.5"),
+        ("GRADIENT_CLIPPING", "much", "clipping much.*--optim.clip_norm 0.5"),
+        ("USE_FSDP", "true", "FSDP is not supported"),
+        ("DEEPSPEED_CONFIG_FILE", "/nowhere.json", "/nowhere.json cannot be read"),
+    ],
+)
+def test_flags_that_contradict_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    check_launch(TrainConfig(), 0.5, has_gpu=True)
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(InputError, match=said):
+        check_launch(TrainConfig(), 0.5, has_gpu=True)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ReportedError):  # said by the main process alone
+        check_launch(TrainConfig(), 0.5, has_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision", "said"),
+    [
+        ({"gradient_clipping": 1.0}, "no", "clipping 1.0.*--optim.clip_norm 0.5"),
+        ({"gradient_clipping": 0}, "no", "clipping 0,"),
+        ({"fp16": {"enabled": True}}, "no", "fp16 enabled true.*--train.precision no"),
+        ({"bf16": {"enabled": True}}, "fp16", "bf16 enabled true.*--train.precision fp16"),
+        ({"bf16": {"enabled": False}}, "bf16", "bf16 enabled false.*--train.precision bf16"),
+        ({"gradient_accumulation_steps": 4}, "no", "4 gradient accumulation steps"),
+        ([], "no", "no JSON object"),
+    ],
+)
+def test_deepspeed_files_that_contradict_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    settings: object,
+    precision: Precision,
+    said: str,
+) -> None:
+    launch_with_file(monkeypatch, tmp_path / "zero.json", settings)
+    with pytest.raises(InputError, match=f"zero.json.*{said}"):
+        check_launch(TrainConfig(precision=precision), 0.5, has_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision"),
+    [
+        ({"zero_optimization": {"stage": 2}}, "fp16"),
+        ({"gradient_clipping": "auto", "fp16": {"enabled": "auto"}}, "fp16"),
+        ({"gradient_clipping": 0.5, "fp16": {"enabled": True}, "bf16": {"enabled": False}}, "fp16"),
+        ({"gradient_accumulation_steps": 1, "bf16": {"loss_scale": 0}}, "no"),
+    ],
+)
+def test_deepspeed_files_that_agree_are_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: object, precision: Precision
+) -> None:
+    launch_with_file(monkeypatch, tmp_path / "zero.json", settings)
+    for name, value in (("GRADIENT_CLIPPING", "auto"), ("DYNAMO_BACKEND", "NO")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    check_launch(TrainConfig(precision=precision), 0.5, has_gpu=True)
+
+
+def test_clipping_does_not_matter_where_nothing_is_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launch_with_file(monkeypatch, tmp_path / "zero.json", {"gradient_clipping": 1.0})
+    check_launch(TrainConfig(), None, has_gpu=True)
