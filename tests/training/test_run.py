@@ -270,12 +270,3 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(
     assert all(kept[name].equal(good[name]) for name in good)
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)  # NaN and Infinity are no JSON
-
-
-def damage_picture(data: Path, shard: str, row: int) -> str:
-    """Writes over the head of a picture; returns the key of its sample."""
-    words = (data / f"{shard}.idx").read_text().splitlines()[row + 1].split()
-    with (data / f"{shard}.tar").open("r+b") as file:
-        file.seek(int(words[1]))
-        file.write(b"no picture")
-    return words[-1].removesuffix(".json")
