@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Before torch is imported: several test processes share the cores, and threads that wait spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Shared runners stall now and then: how long an example takes is no property of the code.
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
