@@ -110,9 +110,10 @@ def _train_in_folder(
     total_steps = _total_steps(config, loader)
     if checkpoint and start.step >= total_steps and start.evaluated:
         if run is not None:
-            if not run.has_summary_of(start.step):  # killed just before it was written
+            if run.has_summary_of(start.step):
+                run.write_status("done", start.step)
+            else:  # killed just before it was written
                 _finish(run, start, session, loader)
-            run.write_status("done", start.step)
             print(f"{config.output_dir} is finished: {start.step} of {total_steps} steps are done")
         return
     if run is not None:

@@ -95,9 +95,11 @@ class Vocabulary:
         Raises:
             InputError: tags outside the vocabulary; says how many and names the first.
         """
-        if unknown := self.missing(tags):
+        try:
+            return np.fromiter((self._id_of[tag] for tag in tags), dtype=np.int64, count=len(tags))
+        except KeyError:
+            unknown = self.missing(tags)
             raise InputError(
                 f"{len(unknown)} of {len(tags)} tags are not in the vocabulary of {len(self)} tags,"
                 f" the first is {unknown[0]!r}"
-            )
-        return np.fromiter((self._id_of[tag] for tag in tags), dtype=np.int64, count=len(tags))
+            ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,17 @@ def damaged(small_dataset_dir, tmp_path) -> Damager:
     folder = tmp_path / "damaged"
     shutil.copytree(small_dataset_dir, folder)
     return Damager(folder)
+
+
+@pytest.fixture
+def datasets_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The `datasets` library with a cache of its own, and without the hub."""
+    import datasets.config
+
+    from magneto_dist.data.sources import hf
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    hf._pictures.cache_clear()
+    yield
+    hf._pictures.cache_clear()

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from small_data import VOCABULARY, read_jsonl
+from tar_samples import tar_contents
 
 from magneto_dist.batch import Batch
 from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig
@@ -171,7 +171,11 @@ def cases(draw: st.DrawFn) -> Case:
 def check(case: Case) -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         dataset = write(Path(folder) / "data", case)
-        valid = {key for key, members in read_tars(dataset).items() if is_sound(dataset, members)}
+        valid = {
+            key
+            for key, members in tar_contents(Path(dataset.root).glob("*.tar")).items()
+            if is_sound(dataset, members)
+        }
         every = {key_of(i) for i in case.samples}
         valid &= every
         damages = {key_of(i): case.damage(i) for i in case.samples}
@@ -228,19 +232,6 @@ def rewrite(file: io.BufferedRandom, member: Member, damage: Damage) -> None:
     content = file.read(member.size)
     file.seek(member.offset)
     file.write(damage(content))
-
-
-def read_tars(dataset: Dataset) -> dict[str, dict[str, bytes]]:
-    """Contents by key and extension, found without our indexes."""
-    contents: dict[str, dict[str, bytes]] = {}
-    for path in Path(dataset.root).glob("*.tar"):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                file = tar.extractfile(member)
-                assert file is not None
-                contents.setdefault(key, {})[extension] = file.read()
-    return contents
 
 
 def is_sound(dataset: Dataset, members: dict[str, bytes]) -> bool:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,7 @@ from magneto_dist.data.sources import hf
 from magneto_dist.data.sources.hf import HfColumns, HfRow, HfSplit
 from magneto_dist.errors import InputError
 
-
-@pytest.fixture(autouse=True)
-def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    import datasets.config
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    hf._pictures.cache_clear()
-    yield
-    hf._pictures.cache_clear()
+pytestmark = pytest.mark.usefixtures("datasets_offline")
 
 
 def picture(number: int) -> bytes:

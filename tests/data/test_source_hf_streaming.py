@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,7 @@ REPOSITORY = Path(__file__).parents[2]
 NUM_PARTS, ROWS_PER_PART = 3, 10
 
 
-@pytest.fixture(autouse=True)
-def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    import datasets.config
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    hf._pictures.cache_clear()
-    yield
-    hf._pictures.cache_clear()
+pytestmark = pytest.mark.usefixtures("datasets_offline")
 
 
 @pytest.fixture(scope="module")
