@@ -116,7 +116,7 @@ class ScoringBatches(torch.utils.data.Dataset[Any]):
         known = [_known_tags(sample, self.vocabulary) for sample in samples]
         slots = tag_rows(
             [self.vocabulary.ids(tags) for tags in known],
-            [np.zeros(len(tags), dtype=bool) for tags in known],
+            [[False] * len(tags) for tags in known],
             np.array(numbers, dtype=np.int64),
             num_tags=len(self.vocabulary),
             config=self.config.tags,

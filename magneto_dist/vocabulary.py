@@ -7,9 +7,6 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import compress
 
-import numpy as np
-from numpy.typing import NDArray
-
 from magneto_dist.errors import InputError
 
 
@@ -89,14 +86,14 @@ class Vocabulary:
         """The tags that are not in the vocabulary."""
         return [tag for tag in tags if tag not in self._id_of]
 
-    def ids(self, tags: Sequence[str]) -> NDArray[np.int64]:
+    def ids(self, tags: Sequence[str]) -> list[int]:
         """The ids of an item's tags.
 
         Raises:
             InputError: tags outside the vocabulary; says how many and names the first.
         """
         try:
-            return np.fromiter((self._id_of[tag] for tag in tags), dtype=np.int64, count=len(tags))
+            return [self._id_of[tag] for tag in tags]
         except KeyError:
             unknown = self.missing(tags)
             raise InputError(

@@ -156,7 +156,7 @@ def test_prediction_of_shards_is_that_of_the_model(run_dir, demo_shards, tmp_pat
         tags = json.loads(raw.annotation)["tags"]
         assert (item["key"], item["tags"]) == (raw.key, tags)
         assert raw.image
-        ids = torch.from_numpy(trained.vocabulary.ids(tags))[None]
+        ids = torch.tensor([trained.vocabulary.ids(tags)])
         pixels = decode.decode(raw.image, whole)[None]
         with torch.no_grad():
             alone = trained.model(ids, torch.ones_like(ids, dtype=torch.bool), pixels)

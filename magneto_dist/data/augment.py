@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
-from torchvision.transforms import AutoAugment
 
 from magneto_dist.config import AugmentConfig
+from magneto_dist.data.auto_augment import IMAGENET_POLICY
 from magneto_dist.data.randomness import uniform
 
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
-_MAGNITUDE_BINS = 10  # as torchvision's AutoAugment
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,41 +109,11 @@ def evaluation_augmentation(config: AugmentConfig) -> Augmentation:
     )
 
 
-class _PolicyOperation(NamedTuple):
-    name: str
-    probability: float
-    magnitude: float
-    signed: bool
-
-    def with_sign(self, draw: float) -> float:
-        """The magnitude; of a signed operation, negated by every other draw from [0, 1)."""
-        return -self.magnitude if self.signed and draw < 0.5 else self.magnitude
-
-
-@lru_cache
-def _imagenet_policy(image_size: int) -> tuple[tuple[_PolicyOperation, ...], ...]:
-    """The 25 pairs of operations of AutoAugment's ImageNet policy, magnitudes resolved.
-
-    Read from torchvision's own table, which it offers only together with draws from torch's global
-    generator; `_augmentation_space` is not public and is used nowhere else.
-    """
-    transform = AutoAugment()
-    space = transform._augmentation_space(_MAGNITUDE_BINS, (image_size, image_size))
-
-    def resolve(name: str, probability: float, magnitude_bin: int | None) -> _PolicyOperation:
-        magnitudes, signed = space[name]
-        magnitude = 0.0 if magnitude_bin is None else float(magnitudes[magnitude_bin])
-        return _PolicyOperation(name, probability, magnitude, signed)
-
-    return tuple(tuple(resolve(*entry) for entry in pair) for pair in transform.policies)
-
-
 def _operations(draws: list[float], config: AugmentConfig) -> tuple[tuple[str, float], ...]:
     """One sample's operations from five draws: which pair; apply first, second; their signs."""
     if config.policy == "none":
         return ()
-    policy = _imagenet_policy(config.image_size)
-    pair = policy[int(draws[0] * len(policy))]
+    pair = IMAGENET_POLICY[int(draws[0] * len(IMAGENET_POLICY))]
     return tuple(
         (operation.name, operation.with_sign(sign_draw))
         for operation, apply_draw, sign_draw in zip(pair, draws[1:3], draws[3:5], strict=True)

@@ -179,10 +179,8 @@ class MicroBatches(torch.utils.data.Dataset):
         )
         return {name: torch.from_numpy(values) for name, values in vars(slots).items()}
 
-    def _tag_ids(self, row: Row) -> Int64[np.ndarray, " tag"]:
-        if not isinstance(row, Record):
-            return np.empty(0, dtype=np.int64)
-        return self.dataset.vocabulary.ids(row.sample.tags)
+    def _tag_ids(self, row: Row) -> list[int]:
+        return self.dataset.vocabulary.ids(row.sample.tags) if isinstance(row, Record) else []
 
     def _augmentations(
         self, sample_ids: Int64[np.ndarray, " batch"], epoch: int
@@ -241,8 +239,7 @@ def _image(row: Row) -> bytes:
     return (isinstance(row, Record) and row.sample.image) or b""
 
 
-def _important(row: Row) -> Bool[np.ndarray, " tag"]:
+def _important(row: Row) -> Sequence[bool]:
     if not isinstance(row, Record):
-        return np.empty(0, dtype=bool)
-    sample = row.sample
-    return np.array(sample.important or [False] * len(sample.tags), dtype=bool)
+        return ()
+    return row.sample.important or [False] * len(row.sample.tags)

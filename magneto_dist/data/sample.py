@@ -104,6 +104,8 @@ def parse_annotation(
         important = [tag in chosen for tag in tags]
     else:
         important = _flags(annotation[fields.important], fields.important, len(tags))
+    if len(set(tags)) == len(tags):
+        return tuple(tags), tuple(map(bool, important))
     merged: dict[str, bool] = {}
     for tag, flag in zip(tags, important, strict=True):
         merged[tag] = merged.get(tag, False) or bool(flag)
@@ -145,7 +147,8 @@ def _tags(annotation: dict, field: str, separator: str | None, may_be_escaped: b
     # An escape can be half of a surrogate pair, which no UTF-8 vocabulary can hold.
     if (
         not isinstance(value, list)
-        or not all(isinstance(tag, str) and tag for tag in value)
+        or not set(map(type, value)) <= {str}
+        or "" in value
         or (may_be_escaped and any(re.search("[\ud800-\udfff]", tag) for tag in value))
     ):
         raise BadSample(f"annotation has no list of non-empty strings under {field!r}")
@@ -153,9 +156,11 @@ def _tags(annotation: dict, field: str, separator: str | None, may_be_escaped: b
 
 
 def _flags(value: object, field: str, num_tags: int) -> list[bool]:
-    # `type(x) in` and not `x in`: 1.0 == 1, but a float is no flag.
-    if not isinstance(value, list) or not all(
-        type(flag) in (int, bool) and flag in (0, 1) for flag in value
+    # Types first, for 1.0 == 1, but a float is no flag.
+    if (
+        not isinstance(value, list)
+        or not set(map(type, value)) <= {int, bool}
+        or not set(value) <= {0, 1}
     ):
         raise BadSample(f"annotation has an {field!r} that is no list of 0 and 1")
     if len(value) != num_tags:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -72,8 +73,8 @@ class _Draws:
 
 
 def tag_rows(
-    tag_ids: Sequence[Int64[np.ndarray, " tag"]],
-    important: Sequence[Bool[np.ndarray, " tag"]],
+    tag_ids: Sequence[Sequence[int]],
+    important: Sequence[Sequence[bool]],
     sample_ids: Int64[np.ndarray, " batch"],
     *,
     num_tags: int,
@@ -141,16 +142,13 @@ def tag_rows(
     return _assemble(items, kept, added, cut, num_tags, config.max_tags)
 
 
-def _padded(
-    tag_ids: Sequence[Int64[np.ndarray, " tag"]], important: Sequence[Bool[np.ndarray, " tag"]]
-) -> _Items:
+def _padded(tag_ids: Sequence[Sequence[int]], important: Sequence[Sequence[bool]]) -> _Items:
     lengths = np.array([len(ids) for ids in tag_ids], dtype=np.int64)
     present = np.arange(lengths.max(initial=0)) < lengths[:, None]
     padded_ids = np.zeros(present.shape, dtype=np.int64)
     padded_important = np.zeros(present.shape, dtype=bool)
-    if present.size:
-        padded_ids[present] = np.concatenate(tag_ids)
-        padded_important[present] = np.concatenate(important)
+    padded_ids[present] = np.fromiter(chain.from_iterable(tag_ids), np.int64)
+    padded_important[present] = np.fromiter(chain.from_iterable(important), bool)
     return _Items(padded_ids, padded_important, present)
 
 

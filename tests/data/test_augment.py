@@ -13,6 +13,7 @@ from torchvision.transforms import AutoAugment, RandomResizedCrop
 
 from magneto_dist.config import AugmentConfig
 from magneto_dist.data.augment import evaluation_augmentation, training_augmentations
+from magneto_dist.data.auto_augment import IMAGENET_POLICY
 
 SIDES = st.integers(1, 12) | st.integers(1, 20_000)
 CONFIGS = st.builds(
@@ -28,16 +29,8 @@ CONFIGS = st.builds(
     fraction=st.floats(0.001, 1),
 )
 NUM = 20_000
-MAGNITUDES = {  # of bin b of 0 ... 9
-    "ShearX": lambda b: 0.3 * b / 9,
-    "Rotate": lambda b: 30 * b / 9,
-    "Color": lambda b: 0.9 * b / 9,
-    "Contrast": lambda b: 0.9 * b / 9,
-    "Sharpness": lambda b: 0.9 * b / 9,
-    "Posterize": lambda b: 8 - round(4 * b / 9),
-    "Solarize": lambda b: 255 - 255 * b / 9,
-}
-SIGNED = {"ShearX", "Rotate", "Color", "Contrast", "Sharpness"}
+AUTO_AUGMENT = AutoAugment()
+SPACE = AUTO_AUGMENT._augmentation_space(10, (224, 224))
 
 
 def assert_uniform(values: np.ndarray) -> None:
@@ -159,8 +152,18 @@ def test_flips_are_as_frequent_as_asked(probability: float) -> None:
     assert_probability(sum(flips), NUM, probability)
 
 
+def test_the_policy_is_that_of_torchvision() -> None:
+    for ours, theirs in zip(IMAGENET_POLICY, AUTO_AUGMENT.policies, strict=True):
+        for operation, (name, probability, magnitude_bin) in zip(ours, theirs, strict=True):
+            magnitudes, signed = SPACE[name]
+            magnitude = 0.0 if magnitude_bin is None else magnitudes[magnitude_bin].item()
+            assert operation[:2] == (name, probability)
+            assert operation.magnitude == pytest.approx(magnitude, rel=1e-6)
+            assert operation.signed == signed
+
+
 def test_policies_are_as_frequent_as_published() -> None:
-    table = AutoAugment().policies
+    table = AUTO_AUGMENT.policies
     assert len(table) == 25
     expected: Counter = Counter()
     for first, second in table:
@@ -180,7 +183,7 @@ def test_policies_are_as_frequent_as_published() -> None:
 
 
 def operation_key(name: str, magnitude_bin: int | None) -> tuple[str, float]:
-    return name, 0.0 if magnitude_bin is None else round(MAGNITUDES[name](magnitude_bin), 4)
+    return name, 0.0 if magnitude_bin is None else round(SPACE[name][0][magnitude_bin].item(), 4)
 
 
 def test_signs_are_symmetric() -> None:
@@ -189,9 +192,9 @@ def test_signs_are_symmetric() -> None:
         for name, magnitude in augmentation.operations:
             if magnitude:
                 signs.setdefault(name, []).append(magnitude < 0)
-    assert set(signs) == set(MAGNITUDES)
+    assert len(signs) == 7
     for name, negative in signs.items():
-        assert_probability(sum(negative), len(negative), 0.5 if name in SIGNED else 0.0)
+        assert_probability(sum(negative), len(negative), 0.5 if SPACE[name][1] else 0.0)
 
 
 def test_without_a_policy_no_operation_is_applied() -> None:

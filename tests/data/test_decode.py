@@ -25,10 +25,10 @@ from torchvision.transforms.autoaugment import _apply_op
 from magneto_dist.config import AugmentConfig
 from magneto_dist.data.augment import (
     Augmentation,
-    _imagenet_policy,
     evaluation_augmentation,
     training_augmentations,
 )
+from magneto_dist.data.auto_augment import IMAGENET_POLICY
 from magneto_dist.data.decode_cpu import OPERATIONS, CpuDecoder, DecodedImages, decode_image
 from magneto_dist.data.sample import BadSample
 
@@ -37,7 +37,7 @@ WHOLE = evaluation_augmentation(AugmentConfig(image_size=SIZE, eval_crop_fractio
 MAGNITUDES = sorted(
     {
         (operation.name, sign * operation.magnitude)
-        for pair in _imagenet_policy(SIZE)
+        for pair in IMAGENET_POLICY
         for operation in pair
         for sign in ((1, -1) if operation.signed else (1,))
     }

@@ -44,8 +44,8 @@ def rows_of(items: list[Item], config: TagsConfig, **options) -> TagRows:
         **options,
     }
     return tag_rows(
-        [np.array(ids, dtype=np.int64) for ids, _ in items],
-        [np.array(important, dtype=bool) for _, important in items],
+        [ids for ids, _ in items],
+        [important for _, important in items],
         config=config,
         **options,
     )
