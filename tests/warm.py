@@ -38,6 +38,11 @@ class Forked:
         """What it has printed so far."""
         return self.output_path.read_text(errors="replace")
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has, though nobody has waited for it."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
     def send_signal(self, number: signal.Signals) -> None:
         """Sends it a signal. The process that forked it keeps its number until `wait`."""
         os.kill(self.pid, number)
