@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,12 +141,6 @@ def progress(checkpoint: Path) -> dict:
     """All of it but the time it took."""
     values = json.loads((checkpoint / "progress.json").read_bytes())
     return {name: value for name, value in values.items() if not name.endswith("_s")}
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    with Warm(tmp_path_factory.mktemp("output")) as process:
-        yield process
 
 
 def check(trainer: Trainer, steps: range | tuple[int, ...]) -> None:

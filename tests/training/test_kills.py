@@ -12,7 +12,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -68,12 +68,6 @@ def last_step(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     whole_lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
     return json.loads(whole_lines[-1])["step"] if whole_lines else 0
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    with Warm(tmp_path_factory.mktemp("output")) as process:
-        yield process
 
 
 def start(warm: Warm, data: Path, run_dir: Path, keep: int) -> Forked:
