@@ -36,6 +36,8 @@ class Node:
         return [
             *("ip", "netns", "exec", self.name),
             *("env", f"GLOO_SOCKET_IFNAME={self.device}"),
+            # Else the node that stays does not tell the one that comes where to meet.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
             *(sys.executable, "-m", "torch.distributed.run"),
             *("--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--monitor-interval=0.5"),
             *("--rdzv_id=test", "--rdzv_backend=c10d", f"--rdzv_endpoint={first.address}:{PORT}"),
