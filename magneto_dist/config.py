@@ -83,6 +83,9 @@ class DataConfig:
     """Loader processes per rank; 0: none, load in the training process; None: cores - 1, 1 to 8."""
     prefetch_batches: int = 4
     """Micro-batches that each loader process keeps ready."""
+    dali_queue_depth: int = 2
+    """DALI decoders: micro-batches decoded before they are needed, per rank, in the memory of the
+    decoder's device (256 pictures of 224 px: 39 MB)."""
     ledger: bool = False
     """Write the keys of all trained samples to RUN_DIR/ledger, one file per rank."""
     num_streams: int = 64
@@ -109,7 +112,8 @@ class DataConfig:
             self.num_workers,
             "None or at least 0",
         )
-        _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, ">= 1")
+        for name in ("prefetch_batches", "dali_queue_depth"):
+            _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
         _require(
             self.num_streams >= 1 and self.num_streams & (self.num_streams - 1) == 0,
             "data.num_streams",

@@ -1,8 +1,8 @@
-"""Encoded pictures -> pixels with NVIDIA DALI, on CPU or GPU.
+"""JPEGs -> pixels with NVIDIA DALI, on CPU or GPU; see `encoded_images.py` for what comes before.
 
-1. `DaliDecoder` judges the bytes exactly as `decode_cpu.py` does, and gives JPEGs to DALI.
-2. The pipeline of DALI decodes only the crop, resizes, flips, and applies the operations.
-3. What DALI does not read (PNG, WebP, rare kinds of JPEG) is decoded on CPU.
+1. `DaliDecoder` hands the JPEGs of a batch to a pipeline of DALI.
+2. The pipeline decodes only the crop, resizes, flips, and applies the operations.
+3. What DALI refuses is decoded on CPU.
 
 All parameters come from outside: nothing is drawn here. Pixels differ from those of `CpuDecoder` by
 rounding, 0.2 of 255 on average; after Equalize, for which DALI has a formula of its own, by 2.
@@ -14,13 +14,13 @@ rounding, 0.2 of 255 on average; after Equalize, for which DALI has a formula of
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable, Sequence
-from functools import cached_property
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
-import simplejpeg
 import torch
 from jaxtyping import UInt8
 from nvidia.dali import Pipeline, fn, pipeline_def, types
@@ -31,105 +31,113 @@ from torch import Tensor
 
 from magneto_dist.data.augment import Augmentation
 from magneto_dist.data.decode_cpu import CpuDecoder, DecodedImages
-from magneto_dist.data.image_bytes import checked_header, image_header
+from magneto_dist.data.encoded_images import EncodedImages, encoded_images
 from magneto_dist.data.sample import BadSample
 
 _MAX_OPERATIONS = 2  # of an `Augmentation`
-_LARGEST_BATCH = 1 << 16  # only a bound
 _KEEP = "keep as it is"
-_JPEG_COLOURS = ("YCbCr", "Gray")  # others are rare, and DALI reads them in its own way
+_REFUSED = re.compile(r"sample #(\d+)")  # in DALI's message
 
 
 class DaliDecoder:
     """Decodes a batch of pictures at once.
 
     Args:
-        image_size: height and width of the result, pixels.
-        max_megapixels: larger pictures (1e6 pixels, by their header) are refused.
+        cpu: decodes what DALI refuses; knows the size of the result.
         device: cpu; gpu: the current CUDA device.
         num_threads: of DALI.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        max_megapixels: float,
-        *,
-        device: Literal["cpu", "gpu"],
-        num_threads: int,
-    ) -> None:
-        self._cpu = CpuDecoder(image_size, max_megapixels)
+    def __init__(self, cpu: CpuDecoder, *, device: Literal["cpu", "gpu"], num_threads: int) -> None:
+        self._cpu = cpu
         self._num_threads = num_threads
+        self._built: tuple[Pipeline, int] | None = None
+        """A pipeline, and the largest batch that it takes."""
         # Asked for here and now: another thread, which may decode, has its own current device.
-        self._device = (
-            torch.device("cuda", torch.cuda.current_device())
-            if device == "gpu"
-            else torch.device("cpu")
-        )
+        self._stream = torch.cuda.Stream() if device == "gpu" else None
+        self._device = self._stream.device if self._stream else torch.device("cpu")
 
-    def __call__(
-        self, images: Sequence[bytes], augmentations: Sequence[Augmentation]
-    ) -> DecodedImages:
-        """Decodes JPEGs, PNGs and WebPs, each with its own augmentation; never raises for one.
+    def __call__(self, images: EncodedImages) -> DecodedImages:
+        """The pixels of a batch, each picture with its own augmentation; never raises for one.
 
         Raises:
-            RuntimeError: DALI does not work at all.
+            RuntimeError: DALI or the device does not work at all.
         """
         size = self._cpu.image_size
-        shape = (len(images), 3, size, size)
-        pixels = torch.zeros(shape, dtype=torch.uint8, device=self._device)
-        errors: list[str | None] = [None] * len(images)
-        for_dali: list[int] = []
-        for row, content in enumerate(images):
-            try:
-                if _dali_reads(content, self._cpu.max_megapixels):
-                    for_dali.append(row)
-                else:
-                    pixels[row] = self._cpu.decode(content, augmentations[row])
-            except BadSample as error:
-                errors[row] = error.reason
-        self._decode_rows(for_dali, images, augmentations, pixels, errors)
+        errors = list(images.errors)
+        with self._own_stream():
+            # Channels last, as DALI gives them.
+            shape = (len(errors), size, size, 3)
+            pixels = torch.zeros(shape, dtype=torch.uint8, device=self._device).permute(0, 3, 1, 2)
+            if self._stream:  # used in another stream, that of the model
+                pixels.record_stream(torch.cuda.default_stream(self._device))
+            pixels[images.other_rows] = images.other_pixels.to(self._device)
+            self._decode_jpegs(images, pixels, errors)
         return DecodedImages(pixels, tuple(errors))
 
-    def _decode_rows(
+    @contextlib.contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """On a GPU: copies wait for no work of the model, and are done at the end.
+
+        DALI uses its memory again as soon as a result is dropped, and knows nothing of our copy.
+        """
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
+
+    def _decode_jpegs(
         self,
-        rows: Sequence[int],
-        images: Sequence[bytes],
-        augmentations: Sequence[Augmentation],
+        images: EncodedImages,
         pixels: UInt8[Tensor, "batch 3 height width"],
         errors: list[str | None],
     ) -> None:
-        """Fills in `rows` of `pixels` and `errors`; what DALI refuses is decoded on CPU.
+        """Fills in the JPEGs' rows of `pixels` and `errors`.
 
-        A picture that DALI refuses takes the whole batch down with it: then each is tried alone, so
-        that the pixels of a picture never depend on the others in its batch.
+        A picture that DALI refuses takes the whole batch down with it. Then those that are no
+        better on CPU are left out, or, if there are none, the one that DALI names is decoded
+        there: the pixels of a picture never depend on the others in its batch.
         """
-        if not rows:
-            return
-        pipeline = self._pipeline
-        try:
-            pixels[list(rows)] = _run(
-                pipeline, [images[row] for row in rows], [augmentations[row] for row in rows]
-            )
-        except RuntimeError:
-            del self._pipeline  # it is of no use after an error
-            if len(rows) > 1:
-                for row in rows:
-                    self._decode_rows([row], images, augmentations, pixels, errors)
-                return
-            (row,) = rows
+        jpegs = list(range(len(images.rows)))
+        while jpegs:
             try:
-                pixels[row] = self._cpu.decode(images[row], augmentations[row])
-            except BadSample as error:
-                errors[row] = error.reason
+                pixels[images.rows[jpegs]] = self._run(images, jpegs)
+                return
+            except RuntimeError as error:
+                self._built = None  # of no use after an error, says DALI
+                named = _REFUSED.search(str(error))
+                if named is None or int(named[1]) >= len(jpegs):
+                    raise
+                refused = jpegs[int(named[1])]
+            on_cpu = {number: self._on_cpu(images, number) for number in jpegs}
+            bad = {number: result for number, result in on_cpu.items() if isinstance(result, str)}
+            for number, reason in bad.items():
+                errors[images.rows[number]] = reason
+            if not bad:
+                pixels[images.rows[refused]] = on_cpu[refused].to(self._device)
+            jpegs = [number for number in jpegs if number not in (bad or {refused})]
 
-    @cached_property
-    def _pipeline(self) -> Pipeline:
-        """Built at the first batch, and again after a picture that it stumbled over."""
+    def _on_cpu(self, images: EncodedImages, number: int) -> UInt8[Tensor, "3 height width"] | str:
+        try:
+            return self._cpu.decode(images.jpeg(number).tobytes(), images.augmentations[number])
+        except BadSample as error:
+            return error.reason
+
+    def _run(
+        self, images: EncodedImages, jpegs: Sequence[int]
+    ) -> UInt8[Tensor, "jpeg 3 height width"]:
+        """Some of the JPEGs, in memory of DALI; built at the first batch and after an error."""
+        if self._built is None or self._built[1] < len(images.errors):
+            self._built = self._build(len(images.errors)), len(images.errors)
+        return _run(self._built[0], images, jpegs)
+
+    def _build(self, batch_size: int) -> Pipeline:
         pipeline = _pipeline(
             self._cpu.image_size,
-            self._device.type == "cuda",
-            batch_size=_LARGEST_BATCH,
+            self._stream is not None,
+            batch_size=max(batch_size, 2),
             num_threads=self._num_threads,
             device_id=self._device.index,
             prefetch_queue_depth=1,
@@ -139,14 +147,15 @@ class DaliDecoder:
         pipeline.build()
         # Pictures beyond doubt: if this raises, it is DALI or the device that fails.
         plain = Augmentation((), (0.0, 0.0), (0.0, 0.0), 1.0, False, ())
-        _run(pipeline, [_plain_jpeg()] * 2, [plain] * 2)
+        _run(pipeline, encoded_images([_plain_jpeg()] * 2, [plain] * 2, self._cpu), [0, 1])
         return pipeline
 
 
 @pipeline_def
 def _pipeline(image_size: int, on_gpu: bool) -> DataNode:
     """Pictures of (image_size, image_size, 3), uint8."""
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    # Not copied: the caller holds the bytes until the result is there.
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
     image = fn.decoders.image_slice(
         encoded,
         fn.external_source(name="crop_start", dtype=types.INT32, ndim=1),
@@ -171,18 +180,12 @@ def _pipeline(image_size: int, on_gpu: bool) -> DataNode:
 
 
 def _run(
-    pipeline: Pipeline, images: Sequence[bytes], augmentations: Sequence[Augmentation]
-) -> UInt8[Tensor, "batch 3 height width"]:
-    sizes = [image_header(content).upright_size for content in images]
-    boxes = np.array(
-        [
-            augmentation.box(height, width)
-            for augmentation, (height, width) in zip(augmentations, sizes, strict=True)
-        ],
-        dtype=np.int32,
-    )
+    pipeline: Pipeline, images: EncodedImages, jpegs: Sequence[int]
+) -> UInt8[Tensor, "jpeg 3 height width"]:
+    augmentations = [images.augmentations[number] for number in jpegs]
+    boxes = images.boxes[list(jpegs)]
     inputs: dict[str, object] = {
-        "encoded": [np.frombuffer(content, dtype=np.uint8) for content in images],
+        "encoded": [images.jpeg(number) for number in jpegs],
         "crop_start": boxes[:, :2].copy(),
         "crop_shape": boxes[:, 2:].copy(),
         "flip": np.array([augmentation.flip for augmentation in augmentations], dtype=np.int32),
@@ -196,7 +199,7 @@ def _run(
         inputs[f"magnitude_{position}"] = np.array(
             [magnitude for _, magnitude in chosen], dtype=np.float32
         )
-    (output,) = pipeline.run(**inputs)
+    (output,) = pipeline.run(**inputs)  # without a stream: waits for the result
     return torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
 
 
@@ -204,16 +207,6 @@ def _operation(augmentation: Augmentation, position: int) -> tuple[str, float]:
     if position < len(augmentation.operations):
         return augmentation.operations[position]
     return _KEEP, 0.0
-
-
-def _dali_reads(content: bytes, max_megapixels: float) -> bool:
-    """Raises a BadSample for what no decoder should see."""
-    if checked_header(content, max_megapixels).kind != "jpg":
-        return False
-    try:
-        return simplejpeg.decode_jpeg_header(content, strict=False)[2] in _JPEG_COLOURS
-    except ValueError:
-        return False  # the decoder for CPU will say why
 
 
 def _plain_jpeg() -> bytes:

@@ -2,7 +2,7 @@
 
 1. `Loader.batches` numbers the micro-batches of this rank from one step to another.
 2. Loader processes (or this one) make them, see `micro_batch.py`.
-3. With the CPU decoder they come with pixels; with DALI this process decodes, one batch ahead.
+3. With the CPU decoder they come with pixels; with DALI this process decodes, some batches ahead.
 
 A micro-batch is a function of its number alone, so that neither the number of loader processes nor
 the step at which a run starts changes it.
@@ -11,7 +11,8 @@ the step at which a run starts changes it.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
@@ -21,7 +22,9 @@ import torch
 
 from magneto_dist.batch import Batch
 from magneto_dist.config import Config
-from magneto_dist.data.micro_batch import Decode, MicroBatches
+from magneto_dist.data.decode_cpu import CpuDecoder, DecodedImages
+from magneto_dist.data.encoded_images import EncodedImages
+from magneto_dist.data.micro_batch import MicroBatches
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.stream import Stage
@@ -119,7 +122,10 @@ class Loader:
         if micro_batches.pictures != "encoded":
             return made
         decode = self._dali_decoder()
-        return _one_ahead(micro_batches.decoded(encoded, decode) for encoded in made)
+        decoded = (
+            micro_batches.with_pixels(item.batch, decode(item.images), item.shards) for item in made
+        )
+        return _ahead(decoded, self._config.data.dali_queue_depth)
 
     def empty_batch(self) -> Batch:
         """A micro-batch of padding rows, with the shapes of all others."""
@@ -131,13 +137,12 @@ class Loader:
         pixels = torch.zeros(len(padding), 3, size, size, dtype=torch.uint8)
         return replace(batch, pixels=pixels)
 
-    def _dali_decoder(self) -> Decode:
+    def _dali_decoder(self) -> Callable[[EncodedImages], DecodedImages]:
         # Here and not above: DALI takes seconds to import, and may not be there.
         from magneto_dist.data.decode_dali import DaliDecoder
 
         return DaliDecoder(
-            self._config.augment.image_size,
-            self._config.data.max_image_megapixels,
+            CpuDecoder(self._config.augment.image_size, self._config.data.max_image_megapixels),
             device="gpu" if self._decoder == "dali_gpu" else "cpu",
             num_threads=cores_per_rank(self._world.ranks_per_node),
         )
@@ -165,10 +170,13 @@ def _dali_is_there() -> bool:
         return False
 
 
-def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, each made in a thread while the one before it is in use."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as thread:
-        pending = thread.submit(next, batches, None)
-        while (batch := pending.result()) is not None:
-            pending = thread.submit(next, batches, None)
+def _ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
+    """The same batches, made in a thread; up to `depth` lie ready while one is in use."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+    try:
+        pending = deque(thread.submit(next, batches, None) for _ in range(depth))
+        while (batch := pending.popleft().result()) is not None:
+            pending.append(thread.submit(next, batches, None))
             yield batch
+    finally:
+        thread.shutdown(cancel_futures=True)
