@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from magneto_dist.batch import Batch, Reject
 from magneto_dist.config import Config
+from magneto_dist.data.ledger import Ledger, Quarantine
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.step_log import StepLog, cut_back_all
-from magneto_dist.data.stream import Ledger, Quarantine
 from magneto_dist.errors import InputError
 from magneto_dist.metrics import summarise
 from magneto_dist.training.checkpoint import Progress
