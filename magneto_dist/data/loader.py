@@ -11,7 +11,7 @@ the step at which a run starts changes it.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
@@ -24,7 +24,7 @@ from magneto_dist.config import Config
 from magneto_dist.data.micro_batch import Decode, MicroBatches
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
-from magneto_dist.data.stream import Stage
+from magneto_dist.data.stages import load_stages
 from magneto_dist.data.workers import (
     cores_per_rank,
     default_num_workers,
@@ -56,10 +56,9 @@ class Loader:
         plan: how global batches are cut.
         training: shuffle, augment, add and drop tags; False: the split in order, once.
         outliers: tags added to each item in evaluation (Table 3).
-        stages: the user's own steps between parsing and batching; picklable.
 
     Raises:
-        InputError: the decoder that was asked for is not available.
+        InputError: the decoder or a stage that was asked for is not available.
     """
 
     def __init__(
@@ -72,7 +71,6 @@ class Loader:
         *,
         training: bool,
         outliers: int = 0,
-        stages: Sequence[Stage] = (),
     ) -> None:
         self.dataset, self._config, self._world = dataset, config, world
         self._decoder = _choose_decoder(dataset, config)
@@ -85,7 +83,7 @@ class Loader:
             training=training,
             pictures=_PICTURES[self._decoder],
             outliers=outliers,
-            stages=tuple(stages),
+            stages=load_stages(config.data.stages),
         )
         self.num_samples = dataset.num_samples(split)
         self.steps_per_epoch = plan.steps_per_epoch(self.num_samples)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
-from magneto_dist.batch import Reject
+from magneto_dist.batch import LEFT_OUT, Reject
 from magneto_dist.data.image_bytes import check_image_size
 from magneto_dist.data.sample import BadSample, Sample, check_annotation_size
 from magneto_dist.data.shard_index import ShardIndex, index_name
@@ -54,8 +54,8 @@ class Record:
 Stage = Callable[[Iterator[Record]], Iterator[Record]]
 """A user's step between parsing and batching, as a generator over the records of one micro-batch.
 
-It may change a record's sample or leave it out (it is then rejected), but not add any. It runs in
-loader processes: a function of a module, the same for the same record."""
+It may change a record's sample or leave it out (it then trains nothing), but not add any. It runs
+in loader processes: a function of a module, the same for the same record."""
 
 
 class SampleReader:
@@ -211,7 +211,7 @@ def load_rows(
             )
         rows[record.sample_id] = record
     for sample_id, sample in raw.items():
-        left_out = Reject(sample.key, sample.shard, "left out by a stage")
+        left_out = Reject(sample.key, sample.shard, LEFT_OUT)
         rows.setdefault(sample_id, rejects.get(sample_id, left_out))
     return [rows[sample_id] for sample_id in sample_ids.tolist()]
 
