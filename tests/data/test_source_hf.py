@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,21 @@ def test_saved_to_disk(tmp_path: Path) -> None:
     assert report == (8, [])
     check(tmp_path / "out")
     assert tar_samples(tmp_path / "out", "validation")
+
+
+def test_full_disk_is_noticed_before_it_is_full(tmp_path: Path, monkeypatch) -> None:
+    table().save_to_disk(tmp_path / "saved")
+    needed = sum(len(picture(number)) for number in range(8))
+
+    def with_free(num_bytes: int) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=num_bytes)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    with_free(needed - 1)
+    with pytest.raises(InputError, match="the data set needs"):
+        hf.build(tmp_path / "out", str(tmp_path / "saved"))
+    with_free(needed)
+    assert hf.build(tmp_path / "out", str(tmp_path / "saved")).written == 8
 
 
 def test_splits_saved_to_disk(tmp_path: Path) -> None:

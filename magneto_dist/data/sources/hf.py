@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from magneto_dist.data.build_space import sizes_unknown
 from magneto_dist.data.network import is_url
 from magneto_dist.data.parallel import progress_bar
 from magneto_dist.data.sample import BadSample, Sample
@@ -32,8 +34,10 @@ from magneto_dist.data.sources.columns import (
 )
 from magneto_dist.data.sources.hf_cells import Cells, Place, all_rows, read_named
 from magneto_dist.data.sources.picture_files import picture_bytes
-from magneto_dist.data.writer import WriteReport, sizes_unknown, write_dataset
+from magneto_dist.data.writer import WriteReport, write_dataset
 from magneto_dist.errors import InputError
+
+_SIZES_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def build(
         vocabulary_of(tags, vocabulary),
         samples_per_shard=samples_per_shard,
         shard_megabytes=shard_megabytes,
-        image_bytes=reader.image_bytes,
+        image_bytes=None if source.streaming else reader.image_bytes,
         shrink=shrink,
         max_skipped_fraction=max_skipped_fraction,
         num_processes=num_processes,
@@ -215,7 +219,8 @@ class PictureReader:
         Raises:
             InputError: it lies in an archive.
         """
-        return _sizes(row.source, self.column)[row.number]
+        with _SIZES_LOCK:  # else each thread would look for itself, first
+            return _sizes(row.source, self.column)[row.number]
 
 
 def _rows(source: HfSplit, columns: HfColumns) -> list[HfRow]:
