@@ -14,7 +14,8 @@ from tar_samples import tar_samples
 from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources import hf
-from magneto_dist.data.sources.hf import HfColumns, HfRow, HfSplit
+from magneto_dist.data.sources.hf import HfColumns, HfRow
+from magneto_dist.data.sources.hf_split import HfSplit
 from magneto_dist.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("datasets_offline")
