@@ -7,6 +7,7 @@ all ranks, "per rank" means in each process.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +16,8 @@ from magneto_dist.errors import InputError
 ModelKind = Literal["magneto", "tf-it", "tf-t", "ff"]
 Decoder = Literal["auto", "cpu", "dali_cpu", "dali_gpu"]
 Precision = Literal["no", "fp16", "bf16"]
+
+_STAGE = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,13 @@ class DataConfig:
     """Remote data: how many steps before it is needed a shard is fetched."""
     constant_image: bool = False
     """Ablation: replace every picture by grey, to see what the tags alone can do."""
+    stages: tuple[str, ...] = ()
+    """Your own steps between reading and batching, in order, each `module:function`; the module is
+    installed or lies in the working folder. They act on training, validation and evaluate.py."""
 
     def __post_init__(self) -> None:
+        for name in self.stages:
+            _require(_STAGE.fullmatch(name) is not None, "data.stages", name, "module:function")
         _require(
             self.num_workers is None or self.num_workers >= 0,
             "data.num_workers",

@@ -32,7 +32,7 @@ ONLY_IN = {
     "matplotlib": {"report.py"},
     "jsonargparse": {"config_io.py"},
     "webdataset": {"data/shard_writer.py"},
-    "datasets": {"data/sources/hf.py"},
+    "datasets": {"data/sources/hf_split.py"},
     "onnxruntime": {"export.py"},
     "onnx": {"export.py"},
 }

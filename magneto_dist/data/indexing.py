@@ -37,6 +37,7 @@ from magneto_dist.data.sources.columns import (
 )
 from magneto_dist.data.storage import Storage
 from magneto_dist.data.tar_scan import ScannedTar, TarScan
+from magneto_dist.data.unique_keys import UniqueKeys
 from magneto_dist.data.writer import SKIPPED_FILE, WriteReport, write_skipped
 from magneto_dist.errors import InputError
 from magneto_dist.files import write_atomically
@@ -130,7 +131,7 @@ def split_dataset(data_set: str, out: Path, *, validation_fraction: float = 0.1)
         validation_fraction: share of the samples to validate on.
 
     Raises:
-        InputError: no data set, or another one in `out`.
+        InputError: no data set, or another one in `out`; a key that two samples have.
     """
     check_fraction(validation_fraction)
     dataset = Dataset.open(data_set)
@@ -301,7 +302,14 @@ def _write(
     fields: AnnotationFields,
     ignores_unknown_tags: bool,
 ) -> None:
-    """The indexes, the vocabulary, and `dataset.json` at last."""
+    """The indexes, the vocabulary, and `dataset.json` at last.
+
+    Raises:
+        InputError: a key occurs twice.
+    """
+    keys = UniqueKeys()
+    for _, shard, entries in parts:
+        keys.add((entry.key for entry in entries), shard.file)
     out.mkdir(parents=True, exist_ok=True)
     splits: dict[str, list[Shard]] = {}
     for split, shard, entries in parts:

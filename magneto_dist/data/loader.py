@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
@@ -27,7 +27,7 @@ from magneto_dist.data.encoded_images import EncodedImages
 from magneto_dist.data.micro_batch import MicroBatches
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
-from magneto_dist.data.stream import Stage
+from magneto_dist.data.stages import load_stages
 from magneto_dist.data.workers import (
     cores_per_rank,
     default_num_workers,
@@ -59,10 +59,9 @@ class Loader:
         plan: how global batches are cut.
         training: shuffle, augment, add and drop tags; False: the split in order, once.
         outliers: tags added to each item in evaluation (Table 3).
-        stages: the user's own steps between parsing and batching; picklable.
 
     Raises:
-        InputError: the decoder that was asked for is not available.
+        InputError: the decoder or a stage that was asked for is not available.
     """
 
     def __init__(
@@ -75,7 +74,6 @@ class Loader:
         *,
         training: bool,
         outliers: int = 0,
-        stages: Sequence[Stage] = (),
     ) -> None:
         self.dataset, self._config, self._world = dataset, config, world
         self._decoder = _choose_decoder(dataset, config)
@@ -88,7 +86,7 @@ class Loader:
             training=training,
             pictures=_PICTURES[self._decoder],
             outliers=outliers,
-            stages=tuple(stages),
+            stages=load_stages(config.data.stages),
         )
         self.num_samples = dataset.num_samples(split)
         self.steps_per_epoch = plan.steps_per_epoch(self.num_samples)

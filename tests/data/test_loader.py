@@ -420,8 +420,9 @@ def test_an_empty_batch_has_the_shapes_of_all_others(small_dataset):
 
 
 def test_stages_of_the_user_run_in_the_loader_processes(small_dataset):
-    config = with_data(num_workers=1, constant_image=True)
-    batches = list(loader(small_dataset, config, stages=[without_even_samples]).batches(1, 4))
+    stages = (f"{__name__}:without_even_samples",)
+    config = with_data(num_workers=1, constant_image=True, stages=stages)
+    batches = list(loader(small_dataset, config).batches(1, 4))
     assert sorted(valid_ids(batches)) == list(range(1, 60, 2))
     assert sorted(reject.key for batch in batches for reject in batch.rejects) == [
         key_of(i) for i in range(0, 60, 2)
