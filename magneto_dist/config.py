@@ -83,6 +83,10 @@ class DataConfig:
     """Loader processes per rank; 0: none, load in the training process; None: cores - 1, 1 to 8."""
     prefetch_batches: int = 4
     """Micro-batches that each loader process keeps ready."""
+    loader_timeout_s: float = 1800.0
+    """Longest wait for a micro-batch of the loader processes, in s, after which the run ends with
+    an error; longer than a network is asked again (10 minutes a file); 0: no limit. A cold cache
+    may need many shards for the first micro-batch."""
     ledger: bool = False
     """Write the keys of all trained samples to RUN_DIR/ledger, one file per rank."""
     num_streams: int = 64
@@ -110,6 +114,7 @@ class DataConfig:
             "None or at least 0",
         )
         _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, ">= 1")
+        _require(self.loader_timeout_s >= 0, "data.loader_timeout_s", self.loader_timeout_s, ">= 0")
         _require(
             self.num_streams >= 1 and self.num_streams & (self.num_streams - 1) == 0,
             "data.num_streams",
