@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ Answer = TypeVar("Answer")
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "hf")
 ATTEMPTS = 8
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0  # three times as long each time: 66 s in all
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # it is not the network
 _SPOILED_ATTEMPTS = 4  # more would get the same wrong content: the server has no other
 _READ_TIMEOUT_S = 60  # between two pieces of an answer; see also transfer.py
 
@@ -120,4 +122,5 @@ def _is_refusal(error: BaseException) -> bool:
     """Whether asking again would get the same answer."""
     status = getattr(error, "status", None)
     has_been_refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
-    return has_been_refused or isinstance(error, PermissionError)
+    is_of_the_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+    return has_been_refused or is_of_the_disk or isinstance(error, PermissionError)

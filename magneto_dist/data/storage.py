@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from magneto_dist.data.checksums import CheckedReadings, told_checksum
 from magneto_dist.data.network import REMOTE_SCHEMES, filesystem, retried
-from magneto_dist.data.shard_cache import ShardCache, default_cache_dir
+from magneto_dist.data.shard_cache import Download, ShardCache, Size, default_cache_dir
 from magneto_dist.data.transfer import Readable, answer, download, stream
 from magneto_dist.errors import FormatError, InputError
 from magneto_dist.files import sha256_of
@@ -245,21 +245,34 @@ class Storage:
         """
         if not self.is_remote:
             return self._local(name)
-        _check_name(name)
-        cache = ShardCache(
-            Path(self.cache_dir) if self.cache_dir else default_cache_dir(), self.cache_gb
-        )
         try:
-            return cache.path(
-                key=f"{self.root}\n{self.version}",
-                name=name,
-                size=lambda: self.num_bytes.get(name) or self.size(name),
-                download=lambda target, num_bytes: self._request(
-                    name, lambda fs, url: self._download(fs, url, name, target, num_bytes)
-                ),
-            )
+            return self._cache().path(*self._cached(name))
         except FormatError as error:
             raise OSError(f"{self.where(name)}: {error}") from None
+
+    def fetch_ahead(self, name: str) -> None:
+        """Downloads the file `name` of a remote data set, unless it is there or on its way.
+
+        Raises:
+            InputError, FormatError, OSError: it cannot be had.
+        """
+        self._cache().fetch_ahead(*self._cached(name))
+
+    def _cache(self) -> ShardCache:
+        folder = Path(self.cache_dir) if self.cache_dir else default_cache_dir()
+        return ShardCache(folder, self.cache_gb)
+
+    def _cached(self, name: str) -> tuple[str, str, Size, Download]:
+        """How the cache calls a file, and gets it."""
+        _check_name(name)
+        return (
+            f"{self.root}\n{self.version}",
+            name,
+            lambda: self.num_bytes.get(name) or self.size(name),
+            lambda target, num_bytes: self._request(
+                name, lambda fs, url: self._download(fs, url, name, target, num_bytes)
+            ),
+        )
 
     def _download(self, fs: Any, url: str, name: str, target: Path, num_bytes: int) -> None:
         download(fs, url, target)
