@@ -27,8 +27,8 @@ def told_checksum(info: Mapping[str, Any]) -> Checksum | None:
     """What an fsspec client's `info` tells of a file's content; None: nothing, as far as we know.
 
     That is a SHA-256 from hf, `md5Hash` from gs, the headers Digest and Content-MD5 from http, and
-    an ETag that looks like an MD5, which most objects in S3 have. It may be of something else (an
-    encrypted or compressed form): `CheckedReadings` bears with that.
+    an ETag that looks like an MD5, as in S3 unless the object was uploaded in parts. It may be of
+    something else (an encrypted or compressed form): `CheckedReadings` bears with that.
     """
     if sha256 := (info.get("lfs") or {}).get("sha256"):
         return Checksum("sha256", sha256)

@@ -85,7 +85,8 @@ def index_tars(
         max_skipped_fraction: samples skipped, as a fraction of all, above which it fails.
         num_processes: that read tars.
         read_twice: read tars under a URL until two readings agree, where the server tells no
-            checksum of theirs (S3, gs and hf do); a bit that the network flips is found.
+            checksum of theirs (gs and hf do, S3 not of large ones that were uploaded in parts), so
+            that a bit that the network flips is found.
 
     Raises:
         InputError: no tars, or one that is not whole; too many bad samples; another data set in
