@@ -89,6 +89,10 @@ class DataConfig:
     dali_queue_depth: int = 2
     """DALI decoders: micro-batches decoded before they are needed, per rank, in the memory of the
     decoder's device (256 pictures of 224 px: 39 MB)."""
+    loader_timeout_s: float = 1800.0
+    """Longest wait for a micro-batch of the loader processes, in s, after which the run ends with
+    an error; longer than a network is asked again (10 minutes a file); 0: no limit. A cold cache
+    may need many shards for the first micro-batch."""
     ledger: bool = False
     """Write the keys of all trained samples to RUN_DIR/ledger, one file per rank."""
     num_streams: int = 64
@@ -122,6 +126,7 @@ class DataConfig:
         )
         for name in ("prefetch_batches", "dali_queue_depth"):
             _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
+        _require(self.loader_timeout_s >= 0, "data.loader_timeout_s", self.loader_timeout_s, ">= 0")
         _require(
             self.num_streams >= 1 and self.num_streams & (self.num_streams - 1) == 0,
             "data.num_streams",

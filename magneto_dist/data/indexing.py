@@ -60,6 +60,7 @@ def index_tars(
     min_count: int = 1,
     max_skipped_fraction: float = 0.05,
     num_processes: int = 1,
+    read_twice: bool = False,
 ) -> WriteReport:
     """Makes a data set of the WebDataset tars in a folder or under a URL; copies none of them.
 
@@ -84,6 +85,9 @@ def index_tars(
             left out of samples in training, too.
         max_skipped_fraction: samples skipped, as a fraction of all, above which it fails.
         num_processes: that read tars.
+        read_twice: read tars under a URL until two readings agree, where the server tells no
+            checksum of theirs (gs and hf do, S3 not of large ones that were uploaded in parts), so
+            that a bit that the network flips is found.
 
     Raises:
         InputError: no tars, or one that is not whole; too many bad samples; another data set in
@@ -100,7 +104,12 @@ def index_tars(
     _refuse_other_data(out, source)
     fields = AnnotationFields(tags_field, important_field, separator, important_as == "tags")
     scan = TarScan(
-        storage, tuple(image_key.split(",")), annotation_key, fields, DEFAULT_MAX_MEGAPIXELS
+        storage,
+        tuple(image_key.split(",")),
+        annotation_key,
+        fields,
+        DEFAULT_MAX_MEGAPIXELS,
+        read_twice,
     )
     scanned = _scan(scan, names, num_processes)
     known = _vocabulary(scanned, vocabulary, min_count)

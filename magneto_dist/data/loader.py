@@ -106,7 +106,7 @@ class Loader:
         Starting anywhere costs nothing. Closing the iterator ends its loader processes.
 
         Raises:
-            InputError: a shard cannot be read, or a loader process was killed.
+            InputError: a shard cannot be read, or a loader process was killed or hangs.
         """
         micro_batches = self._micro_batches
         micro_steps = micro_batches.plan.micro_steps
@@ -116,6 +116,7 @@ class Loader:
             num_workers=self.num_workers,
             prefetch=self._config.data.prefetch_batches,
             pin=micro_batches.pictures != "encoded" and torch.cuda.is_available(),
+            timeout_s=self._config.data.loader_timeout_s,
         )
         if micro_batches.pictures != "encoded":
             return made
