@@ -28,7 +28,7 @@ MAY_IMPORT["recipe"] = set(MAY_IMPORT)
 ONLY_IN = {
     "accelerate": {"training/session.py"},
     "deepspeed": set(),
-    "nvidia": {"data/decode_dali.py"},
+    "nvidia": {"data/dali_pipeline.py", "data/decode_dali.py"},
     "matplotlib": {"report.py"},
     "jsonargparse": {"config_io.py"},
     "webdataset": {"data/shard_writer.py"},

@@ -17,25 +17,27 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from nvidia.dali import Pipeline, fn, pipeline_def, types
-from nvidia.dali.auto_aug import core
-from nvidia.dali.data_node import DataNode
+from nvidia.dali import Pipeline
 from PIL import Image
 from torch import Tensor
 
 from magneto_dist.data.augment import Augmentation
+from magneto_dist.data.dali_pipeline import (
+    KEEP,
+    MAX_OPERATIONS,
+    OPERATIONS,
+    decoding_and_augmenting,
+)
 from magneto_dist.data.decode_cpu import CpuDecoder, DecodedImages
 from magneto_dist.data.encoded_images import EncodedImages, encoded_images
 from magneto_dist.data.sample import BadSample
 
-_MAX_OPERATIONS = 2  # of an `Augmentation`
-_KEEP = "keep as it is"
 _REFUSED = re.compile(r"sample #(\d+)")  # in DALI's message
 
 
@@ -51,8 +53,10 @@ class DaliDecoder:
     def __init__(self, cpu: CpuDecoder, *, device: Literal["cpu", "gpu"], num_threads: int) -> None:
         self._cpu = cpu
         self._num_threads = num_threads
-        self._built: tuple[Pipeline, int] | None = None
-        """A pipeline, and the largest batch that it takes."""
+        self._batch_size = 1
+        """Of the largest batch so far."""
+        self._definition: bytes | None = None
+        self._pipeline: Pipeline | None = None
         # Asked for here and now: another thread, which may decode, has its own current device.
         self._stream = torch.cuda.Stream() if device == "gpu" else None
         self._device = self._stream.device if self._stream else torch.device("cpu")
@@ -106,7 +110,7 @@ class DaliDecoder:
                 pixels[images.rows[jpegs]] = self._run(images, jpegs)
                 return
             except RuntimeError as error:
-                self._built = None  # of no use after an error, says DALI
+                self._pipeline = None  # of no use after an error, says DALI
                 named = _REFUSED.search(str(error))
                 if named is None or int(named[1]) >= len(jpegs):
                     raise
@@ -128,55 +132,33 @@ class DaliDecoder:
     def _run(
         self, images: EncodedImages, jpegs: Sequence[int]
     ) -> UInt8[Tensor, "jpeg 3 height width"]:
-        """Some of the JPEGs, in memory of DALI; built at the first batch and after an error."""
-        if self._built is None or self._built[1] < len(images.errors):
-            self._built = self._build(len(images.errors)), len(images.errors)
-        return _run(self._built[0], images, jpegs)
+        """Some of the JPEGs, in memory of DALI."""
+        if len(images.errors) > self._batch_size:
+            self._batch_size, self._definition, self._pipeline = len(images.errors), None, None
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        return _run(self._pipeline, images, jpegs)
 
-    def _build(self, batch_size: int) -> Pipeline:
-        pipeline = _pipeline(
-            self._cpu.image_size,
-            self._stream is not None,
-            batch_size=max(batch_size, 2),
-            num_threads=self._num_threads,
-            device_id=self._device.index,
-            prefetch_queue_depth=1,
-            enable_conditionals=True,
-            exec_dynamic=True,
-        )
-        pipeline.build()
-        # Pictures beyond doubt: if this raises, it is DALI or the device that fails.
+    def _build(self) -> Pipeline:
+        """At the first batch, and after an error."""
+        options: dict[str, Any] = {
+            "batch_size": self._batch_size,
+            "num_threads": self._num_threads,
+            "device_id": self._device.index,
+            "prefetch_queue_depth": 1,
+            "exec_dynamic": True,
+        }
+        if self._definition is None:  # writing it takes ten times as long as building from it
+            written = decoding_and_augmenting(
+                self._cpu.image_size, self._stream is not None, **options
+            )
+            self._definition = written.serialize()
+        pipeline = Pipeline(**options)
+        pipeline.deserialize_and_build(self._definition)
+        # A picture beyond doubt: if this raises, it is DALI or the device that fails.
         plain = Augmentation((), (0.0, 0.0), (0.0, 0.0), 1.0, False, ())
-        _run(pipeline, encoded_images([_plain_jpeg()] * 2, [plain] * 2, self._cpu), [0, 1])
+        _run(pipeline, encoded_images([_plain_jpeg()], [plain], self._cpu), [0])
         return pipeline
-
-
-@pipeline_def
-def _pipeline(image_size: int, on_gpu: bool) -> DataNode:
-    """Pictures of (image_size, image_size, 3), uint8."""
-    # Not copied: the caller holds the bytes until the result is there.
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
-    image = fn.decoders.image_slice(
-        encoded,
-        fn.external_source(name="crop_start", dtype=types.INT32, ndim=1),
-        fn.external_source(name="crop_shape", dtype=types.INT32, ndim=1),
-        axis_names="HW",
-        device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
-        adjust_orientation=True,
-    )
-    image = fn.resize(
-        image, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True
-    )
-    image = fn.flip(image, horizontal=fn.external_source(name="flip", dtype=types.INT32, ndim=0))
-    for position in range(_MAX_OPERATIONS):
-        image = core.select(
-            list(_OPERATIONS.values()),
-            fn.external_source(name=f"operation_{position}", dtype=types.INT32, ndim=0),
-            image,
-            fn.external_source(name=f"magnitude_{position}", dtype=types.FLOAT, ndim=0),
-        )
-    return image
 
 
 def _run(
@@ -190,8 +172,8 @@ def _run(
         "crop_shape": boxes[:, 2:].copy(),
         "flip": np.array([augmentation.flip for augmentation in augmentations], dtype=np.int32),
     }
-    names = list(_OPERATIONS)
-    for position in range(_MAX_OPERATIONS):
+    names = list(OPERATIONS)
+    for position in range(MAX_OPERATIONS):
         chosen = [_operation(augmentation, position) for augmentation in augmentations]
         inputs[f"operation_{position}"] = np.array(
             [names.index(name) for name, _ in chosen], dtype=np.int32
@@ -206,87 +188,10 @@ def _run(
 def _operation(augmentation: Augmentation, position: int) -> tuple[str, float]:
     if position < len(augmentation.operations):
         return augmentation.operations[position]
-    return _KEEP, 0.0
+    return KEEP, 0.0
 
 
 def _plain_jpeg() -> bytes:
     content = io.BytesIO()
     Image.new("RGB", (16, 16)).save(content, "JPEG")
     return content.getvalue()
-
-
-# Operations, on (height, width, 3); the magnitude is a scalar a picture, in CPU memory -----------
-
-
-def _shear_x(image: DataNode, tangent: DataNode) -> DataNode:
-    matrix = fn.transforms.shear(shear=fn.stack(tangent, tangent * 0))
-    return fn.warp_affine(image, matrix=matrix, fill_value=0, interp_type=types.INTERP_NN)
-
-
-def _rotate(image: DataNode, degrees: DataNode) -> DataNode:
-    return fn.rotate(
-        image, angle=degrees, keep_size=True, fill_value=0, interp_type=types.INTERP_NN
-    )
-
-
-def _color(image: DataNode, change: DataNode) -> DataNode:
-    return fn.saturation(image, saturation=1 + change)
-
-
-def _contrast(image: DataNode, change: DataNode) -> DataNode:
-    mean = fn.reductions.mean(image, axis_names="HW", keep_dims=True)
-    grey_mean = fn.reductions.sum(mean * _constant(_LUMA), axis_names="C", keep_dims=True)
-    return fn.cast_like(grey_mean + (image - grey_mean) * (1 + change), image)
-
-
-def _sharpness(image: DataNode, change: DataNode) -> DataNode:
-    kernel = _constant(_NO_BLUR) * (1 + change) - _constant(_BLUR) * change
-    return fn.filter(image, kernel.gpu() if image.device == "gpu" else kernel)
-
-
-def _posterize(image: DataNode, bits: DataNode) -> DataNode:
-    step = fn.cast(2.0 ** (8.0 - bits), dtype=types.UINT8)
-    return (image // step) * step
-
-
-def _solarize(image: DataNode, threshold: DataNode) -> DataNode:
-    dark = image < threshold
-    return image * dark + _invert(image, threshold) * (dark ^ True)
-
-
-def _auto_contrast(image: DataNode, _: DataNode) -> DataNode:
-    low = fn.reductions.min(image, axis_names="HW", keep_dims=True)
-    span = fn.reductions.max(image, axis_names="HW", keep_dims=True) - low
-    flat = span == 0  # such a channel is left alone
-    return fn.cast_like((image - low * (flat ^ True)) * (255 / (span + flat * 255.0)), image)
-
-
-def _equalize(image: DataNode, _: DataNode) -> DataNode:
-    return fn.equalize(image)
-
-
-def _invert(image: DataNode, _: DataNode) -> DataNode:
-    return types.Constant(255, dtype=types.UINT8) - image
-
-
-def _constant(values: np.ndarray) -> object:
-    return types.Constant(values.astype(np.float32))
-
-
-_LUMA = np.array([0.299, 0.587, 0.114])
-_NO_BLUR = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
-_BLUR = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # Pillow's "smooth"
-_OPERATIONS: dict[str, Callable[[DataNode, DataNode], DataNode]] = {
-    _KEEP: lambda image, _: image,
-    "ShearX": _shear_x,
-    "Rotate": _rotate,
-    "Color": _color,
-    "Contrast": _contrast,
-    "Sharpness": _sharpness,
-    "Posterize": _posterize,
-    "Solarize": _solarize,
-    "AutoContrast": _auto_contrast,
-    "Equalize": _equalize,
-    "Invert": _invert,
-}
-"""As `OPERATIONS` of `decode_cpu.py`."""
