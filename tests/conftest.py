@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from warm import Warm
 
 # Before torch is imported: several test processes share the cores, and threads that wait spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,3 +34,12 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     demo.build(folder, items=90, num_processes=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """A process from which launchers fork: for tests that start many."""
+    from warm import Warm
+
+    with Warm(tmp_path_factory.mktemp("output")) as process:
+        yield process

@@ -8,6 +8,7 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,6 +91,16 @@ def summary(run_dir: Path) -> dict:
 def status(run_dir: Path) -> dict:
     """`status.json` of a run."""
     return json.loads((run_dir / "status.json").read_text())
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """Waits until a step is logged; the run must not end before."""
+    deadline_s = time.monotonic() + 120
+    path = run_dir / "metrics.jsonl"
+    while not (path.exists() and f'"step": {step},' in path.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline_s, f"step {step} never came"
+        time.sleep(0.02)
 
 
 def damage_picture(data: Path, shard: str, row: int) -> str:

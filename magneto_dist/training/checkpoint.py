@@ -35,6 +35,7 @@ from magneto_dist.files import require_space, sha256_of, sync_file, sync_folder,
 from magneto_dist.training.session import Session
 
 _MARKER = "COMPLETE"
+_REPLACED = ".replaced"
 DEEPSPEED = "deepspeed"
 
 
@@ -127,6 +128,16 @@ def set_aside_later(run_dir: Path, step: int) -> None:
             print(f"checkpoint {folder} is set aside as {aside.name}", file=sys.stderr, flush=True)
     for half_written in (run_dir / "checkpoints").glob(".step-*.tmp"):
         shutil.rmtree(half_written)
+
+
+def put_back_replaced(run_dir: Path) -> None:
+    """Undoes what a kill left of replacing a checkpoint by one of the same step."""
+    for replaced in (run_dir / "checkpoints").glob(f".step-*{_REPLACED}"):
+        final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(_REPLACED))
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(final)
 
 
 def newest_complete(run_dir: Path) -> Path | None:
@@ -276,10 +287,19 @@ def _finish(
     for path in files:
         sync_file(path)
     write_atomically(temporary / _MARKER, json.dumps({"sha256": hashes}, indent=2).encode())
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one, or one whose evaluation was not done
-    temporary.rename(final)
+    _replace(final, temporary)
     sync_folder(final.parent)
     _drop_old(final.parent, config.checkpoint.keep, progress.best_step)
+
+
+def _replace(final: Path, temporary: Path) -> None:
+    """Renames; one of that step (evaluation not done, or damaged) is whole until it is replaced."""
+    replaced = final.with_name(f".{final.name}{_REPLACED}")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)  # killed here, `put_back_replaced` undoes it
+    temporary.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _drop_old(checkpoints: Path, keep: int, best_step: int) -> None:

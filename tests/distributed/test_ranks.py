@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from processes import REPOSITORY, TINY, launch, losses, run, status, summary
+from warm import Warm
 
 STEPS = 20
 
@@ -38,12 +39,22 @@ def assert_losses_agree(run_dir: Path, other: Path, relative: float) -> None:
         assert ours[step] == pytest.approx(theirs[step], rel=relative), step
 
 
+def samples_of_steps(run_dir: Path) -> dict[int, list[str]]:
+    """Keys of every global step, rank after rank: the rows of the global batch in their order."""
+    keys: dict[int, list[str]] = {}
+    for path in sorted((run_dir / "ledger").glob("*.jsonl")):
+        for entry in map(json.loads, path.read_text().splitlines()):
+            keys.setdefault(entry["step"], []).append(entry["key"])
+    return keys
+
+
 @pytest.fixture(scope="module")
 def one_process(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The run of one process, in float64 and float32."""
     folder = tmp_path_factory.mktemp("one")
     for dtype in ("float64", "float32"):
-        run("train_ls.py", *options(demo_shards, folder / dtype, f"--train.param_dtype={dtype}"))
+        more = [f"--train.param_dtype={dtype}", "--data.ledger=true"]
+        run("train_ls.py", *options(demo_shards, folder / dtype, *more))
     return {dtype: folder / dtype for dtype in ("float64", "float32")}
 
 
@@ -101,13 +112,23 @@ def test_bf16_learns(demo_shards: Path, one_process: dict[str, Path], tmp_path: 
     assert ours[STEPS] < ours[1]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
 def test_grown_and_shrunk_run_keeps_its_batches(
-    demo_shards: Path, one_process: dict[str, Path], tmp_path: Path
+    warm: Warm,
+    demo_shards: Path,
+    one_process: dict[str, Path],
+    tmp_path: Path,
+    dtype: str,
+    tolerance: float,
 ) -> None:
-    for ranks, last_step in ((2, 8), (0, 13), (2, STEPS)):
-        more = ["--train.param_dtype=float64", f"--max_steps={last_step}"]
-        run("train_ls.py", *options(demo_shards, tmp_path, *more), ranks=ranks)
-    assert_losses_agree(tmp_path, one_process["float64"], 1e-9)
+    for ranks, last_step in ((2, 8), (1, 14), (2, STEPS)):  # 6 steps an epoch
+        more = [f"--train.param_dtype={dtype}", f"--max_steps={last_step}", "--data.ledger=true"]
+        warm.run("train_ls.py", *options(demo_shards, tmp_path, *more), ranks=ranks)
+    assert_losses_agree(tmp_path, one_process[dtype], tolerance)
+    assert samples_of_steps(tmp_path) == samples_of_steps(one_process[dtype])
+    lines = (tmp_path / "ledger/rank-00001.jsonl").read_text().splitlines()
+    steps = {json.loads(line)["step"] for line in lines}
+    assert steps == {*range(1, 9), *range(15, STEPS + 1)}
 
 
 def test_what_is_wrong_is_said_once(demo_shards: Path, tmp_path: Path) -> None:

@@ -82,6 +82,22 @@ def test_new_checkpoints_are_kept_where_the_newest_was_damaged(
     assert steps_kept(run_dir) == ["aside-step-00000014", "step-00000013"]
 
 
+def test_a_kill_while_a_checkpoint_is_replaced_loses_neither(
+    demo_shards: Path, finished: Path, run_dir: Path
+) -> None:
+    """Between the two renames, where the evaluation of a step is saved after the step itself."""
+    checkpoints = run_dir / "checkpoints"
+    for folder in checkpoints.iterdir():
+        if folder.name != "step-00000012":
+            shutil.rmtree(folder)
+    (checkpoints / "step-00000012").rename(checkpoints / ".step-00000012.replaced")
+    shutil.copytree(checkpoints / ".step-00000012.replaced", checkpoints / ".step-00000012.tmp")
+    output = run("train_ls.py", *options(demo_shards, run_dir, "--checkpoint.keep=1"))
+    assert "12/14" in output  # went on from there
+    assert losses(run_dir) == losses(finished)
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000014"]
+
+
 def test_finished_run_gets_the_summary_that_a_kill_kept_from_it(
     demo_shards: Path, finished: Path, run_dir: Path
 ) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from processes import TINY, damage_picture, launch, losses, run, status, summary
+from processes import TINY, damage_picture, launch, losses, run, status, summary, wait_for_step
 
 STEPS = 14
 
@@ -36,16 +34,6 @@ def options(data: Path, run_dir: Path, *more: str) -> list[str]:
 def ledger(run_dir: Path) -> list[dict]:
     lines = (run_dir / "ledger" / "rank-00000.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
-
-
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    started_at_s = time.monotonic()
-    path = run_dir / "metrics.jsonl"
-    while time.monotonic() - started_at_s < 120 and process.poll() is None:
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        time.sleep(0.02)
-    pytest.fail(f"step {step} never came: {process.communicate()[0]}")
 
 
 def assert_same_run(run_dir: Path, other: Path) -> None:

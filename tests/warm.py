@@ -1,0 +1,231 @@
+"""Launchers as real processes that need not import anything: forked from one that has it all.
+
+A test that starts a run hundreds of times cannot pay for as many imports. `Warm` starts a process
+that imports torch and this package and computes nothing; each launch is a fork of it, with one
+thread, its own address space, signals and exit code, as a freshly started one has.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from processes import REPOSITORY, free_port
+
+
+@dataclass(frozen=True)
+class Forked:
+    """A launcher that runs, or has run."""
+
+    pid: int
+    output_path: Path
+    """Where its stdout and stderr go."""
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.output_path.read_text(errors="replace")
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has, though nobody has waited for it."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Sends it a signal. The process that forked it keeps its number until `wait`."""
+        os.kill(self.pid, number)
+
+
+class Warm:
+    """Client of a process with everything imported; a context manager.
+
+    Args:
+        folder: for what launchers print.
+        modules: imported besides `magneto_dist.recipe`.
+    """
+
+    def __init__(self, folder: Path, *modules: str) -> None:
+        self._folder, self._num_launches = folder, 0
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(REPOSITORY), str(Path(__file__).parent), environment.get("PYTHONPATH", "")]
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert self._ask({}) == "ready"
+
+    def __enter__(self) -> Warm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def start(
+        self,
+        launcher: str,
+        *options: str,
+        environment: Mapping[str, str] | None = None,
+        forwards: Path | None = None,
+    ) -> Forked:
+        """Starts a launcher.
+
+        Args:
+            launcher: its file's name.
+            options: its command line.
+            environment: variables that it finds besides ours.
+            forwards: file to which it writes a line for each training forward of the model.
+        """
+        self._num_launches += 1
+        output = self._folder / f"launch-{self._num_launches:04d}.txt"
+        request = {
+            "launcher": str(REPOSITORY / "launchers" / launcher),
+            "options": options,
+            "environment": dict(environment or {}),
+            "output": str(output),
+            "forwards": forwards and str(forwards),
+        }
+        return Forked(self._ask(request), output)
+
+    def wait(self, launched: Forked, timeout_s: float = 170) -> int:
+        """Waits for its end; returns its exit code, negative where a signal ended it."""
+        code = self._ask({"wait": launched.pid, "timeout_s": timeout_s})
+        assert code is not None, f"still running after {timeout_s} s: {launched.output}"
+        return code
+
+    def run(
+        self,
+        launcher: str,
+        *options: str,
+        ranks: int = 1,
+        environment: Mapping[str, str] | None = None,
+        forwards: Path | None = None,
+    ) -> None:
+        """Runs a launcher on `ranks` processes to its end, which must be a good one.
+
+        `forwards` is a folder here, with a file `N.jsonl` for rank N.
+        """
+        started = [
+            self.start(
+                launcher,
+                *options,
+                environment={**place, **(environment or {})},
+                forwards=forwards and forwards / f"{rank}.jsonl",
+            )
+            for rank, place in enumerate(places(ranks))
+        ]
+        codes = [self.wait(launched) for launched in started]
+        assert codes == [0] * ranks, "\n".join(launched.output for launched in started)
+
+    def _ask(self, request: Mapping[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+def places(ranks: int) -> Sequence[dict[str, str]]:
+    """What torchrun tells each of `ranks` processes of one node; nothing where there is one."""
+    if ranks == 1:
+        return [{}]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [{**meeting, **size, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
+
+
+def forwards_of(path: Path) -> list[dict[str, str]]:
+    """What a launcher wrote to its `forwards`."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _serve() -> None:
+    for module in ("magneto_dist.recipe", *sys.argv[1:]):
+        importlib.import_module(module)
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "threads do not survive a fork"
+    gc.freeze()  # a launch need not look through all that was imported
+    for line in iter(sys.stdin.readline, ""):
+        request = json.loads(line)
+        if "wait" in request:
+            reply = _wait(request["wait"], request["timeout_s"])
+        elif "launcher" in request:
+            reply = os.fork()
+            if reply == 0:
+                _become(request)
+        else:
+            reply = "ready"
+        print(json.dumps(reply), flush=True)
+
+
+def _wait(pid: int, timeout_s: float) -> int | None:
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return None
+
+
+def _become(request: Mapping[str, Any]) -> NoReturn:
+    """Makes this fork the launcher; what it exits with ends the process."""
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+        os.dup2(target, stream)
+    os.environ.update(request["environment"])
+    sys.argv = [request["launcher"], *request["options"]]
+    if request["forwards"]:
+        _record_forwards(Path(request["forwards"]))
+    runpy.run_path(request["launcher"], run_name="__main__")
+    sys.exit("a launcher ends by itself")
+
+
+def _record_forwards(path: Path) -> None:
+    """Has torch write hashes of what the model is given, what it gives, and the random state."""
+    import torch
+
+    from magneto_dist.model.magneto import MAGNeto
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", buffering=1)
+
+    def digest(tensors: Sequence[torch.Tensor | None]) -> str:
+        sha = hashlib.sha256()
+        for tensor in tensors:
+            sha.update(b"-" if tensor is None else tensor.detach().cpu().numpy().tobytes())
+        return sha.hexdigest()
+
+    def note(module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+        if isinstance(module, MAGNeto) and module.training:
+            seen = {
+                "inputs": digest([*args, *kwargs.values()]),
+                "outputs": digest([output.image_logits, output.tag_logits, output.gate_logits]),
+                "random_state": digest([torch.get_rng_state()]),
+            }
+            file.write(json.dumps(seen) + "\n")
+
+    torch.nn.modules.module.register_module_forward_hook(note, with_kwargs=True)
+
+
+if __name__ == "__main__":
+    _serve()
