@@ -265,6 +265,11 @@ LOADERS: dict[str, Callable[[Setting], Iterator[int]]] = {
     "magneto_dist, cpu, cached from HTTP": lambda setting: _ours("cpu", setting, "cached"),
     "magneto_dist, cpu, downloaded from HTTP": lambda setting: _ours("cpu", setting, "cold"),
     "magneto_dist, dali_cpu": lambda setting: _ours("dali_cpu", setting),
+    **(
+        {"magneto_dist, dali_gpu": lambda setting: _ours("dali_gpu", setting)}
+        if torch.cuda.is_available()
+        else {}
+    ),
     **OTHERS,
 }
 

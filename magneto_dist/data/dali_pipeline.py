@@ -35,6 +35,7 @@ def decoding_and_augmenting(image_size: int, on_gpu: bool) -> DataNode:
         device="mixed" if on_gpu else "cpu",
         output_type=types.RGB,
         adjust_orientation=True,
+        jpeg_fancy_upsampling=True,  # on a GPU, too, colours between samples as libjpeg makes them
     )
     image = fn.resize(
         image, size=[image_size, image_size], interp_type=types.INTERP_LINEAR, antialias=True
