@@ -52,7 +52,9 @@ def sleeps(records: Iterator[Record]) -> Iterator[Record]:
 def test_a_stage_that_hangs_is_one_clear_error(small_dataset_dir):
     config = Config(
         augment=AugmentConfig(image_size=16),
-        data=DataConfig(num_workers=1, decoder="cpu", loader_timeout_s=1.0),
+        data=DataConfig(
+            num_workers=1, decoder="cpu", loader_timeout_s=1.0, stages=(f"{__name__}:sleeps",)
+        ),
     )
     loader = Loader(
         Dataset.open(str(small_dataset_dir)),
@@ -61,7 +63,6 @@ def test_a_stage_that_hangs_is_one_clear_error(small_dataset_dir):
         World(),
         BatchPlan.derive(8, 1, 8, 1),
         training=True,
-        stages=[sleeps],
     )
     with pytest.raises(InputError, match="a stage of your own hangs"):
         next(loader.batches(1, 2))
