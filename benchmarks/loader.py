@@ -5,6 +5,8 @@ python benchmarks/loader.py --photos FOLDER_OF_JPEGS [--policy] [--workers 2]
 Makes 500 x 375 photographs of those given and writes them in every form. Each loader then runs in
 a process of its own, in turn, and is timed from its 12th batch to the end of an epoch, so that
 starting costs nothing; in a first, untimed round the memory of all its processes is added up (PSS).
+`downloaded from HTTP` begins with an empty cache: shards are read one after the other, and fetched
+while those before them are decoded; what the timed part needs is not there when it begins.
 `decoding alone` decodes whole pictures that lie in memory and keeps nothing: the ceiling.
 """
 
@@ -15,6 +17,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +29,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -49,6 +53,7 @@ from other_loaders import OTHERS, Setting, convert
 WIDTH, HEIGHT, QUALITY = 500, 375, 86  # about 50 kB
 WARM_BATCHES = 12
 SAMPLES_PER_SHARD = 256
+READ_AHEAD_STEPS = 8  # two shards
 TAGS = tuple(f"tag-{number:02}" for number in range(20))
 
 
@@ -195,17 +200,27 @@ def _sample(row: tuple[str, bytes]) -> Sample:
 # Ours -------------------------------------------------------------------------------------------
 
 
-def _ours(decoder: Decoder, setting: Setting, *, remote: bool = False) -> Iterator[int]:
-    size = setting.batch_size
+def _ours(
+    decoder: Decoder, setting: Setting, remote: Literal["no", "cached", "cold"] = "no"
+) -> Iterator[int]:
+    size, cache = setting.batch_size, setting.folder / "cache"
+    data = DataConfig(decoder=decoder, num_workers=setting.num_workers)
+    if remote == "cold":
+        cache = setting.folder / "cold_cache"
+        shutil.rmtree(cache, ignore_errors=True)
+        # By default a batch draws from 64 places, here from every shard.
+        data = replace(
+            data, num_streams=1, shuffle_window=SAMPLES_PER_SHARD, read_ahead_steps=READ_AHEAD_STEPS
+        )
     config = Config(
         augment=AugmentConfig(
             image_size=setting.size, policy="imagenet" if setting.policy else "none"
         ),
-        data=DataConfig(decoder=decoder, num_workers=setting.num_workers),
+        data=data,
         train=TrainConfig(global_batch_size=size),
     )
-    root = f"{setting.url}/shards" if remote else str(setting.folder / "shards")
-    dataset = Dataset.open(root, cache_dir=str(setting.folder / "cache"))
+    root = str(setting.folder / "shards") if remote == "no" else f"{setting.url}/shards"
+    dataset = Dataset.open(root, cache_dir=str(cache))
     plan = BatchPlan.derive(size, 1, size, 1)
     loader = Loader(dataset, "train", config, World(), plan, training=True)
     for batch in loader.batches(1, loader.steps_per_epoch):
@@ -247,8 +262,14 @@ LOADERS: dict[str, Callable[[Setting], Iterator[int]]] = {
     "decoding alone": lambda setting: _decode_only(setting, augmented=False),
     "bare loop of the cpu decoder": lambda setting: _decode_only(setting, augmented=True),
     "magneto_dist, cpu": lambda setting: _ours("cpu", setting),
-    "magneto_dist, cpu, cached from HTTP": lambda setting: _ours("cpu", setting, remote=True),
+    "magneto_dist, cpu, cached from HTTP": lambda setting: _ours("cpu", setting, "cached"),
+    "magneto_dist, cpu, downloaded from HTTP": lambda setting: _ours("cpu", setting, "cold"),
     "magneto_dist, dali_cpu": lambda setting: _ours("dali_cpu", setting),
+    **(
+        {"magneto_dist, dali_gpu": lambda setting: _ours("dali_gpu", setting)}
+        if torch.cuda.is_available()
+        else {}
+    ),
     **OTHERS,
 }
 

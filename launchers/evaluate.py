@@ -59,6 +59,7 @@ def _parser() -> ArgumentParser:
     add = parser.add_argument
     add("--run", required=True, help="RUN_DIR; its checkpoint with the best validation F1")
     add("--data.path", help="folder or URL of the data set; default: the run's")
+    add("--data.stages", type=tuple[str, ...], help="your own, [] for none; default: the run's")
     add("--split", type=Literal["train", "validation"], default="validation", help="what to score")
     add("--out", help="JSON file: metrics under the split's name as in summary.json, and origin")
     add(
@@ -85,8 +86,7 @@ def _settings(config: Config, options: Namespace) -> Config:
     """The run's, with what the command line says instead."""
     given = {name: value for name, value in vars(options).items() if value is not None}
     data = {name: given[name] for name in ("decoder", "num_workers") if name in given}
-    if options.data.path:
-        data["path"] = options.data.path
+    data |= {name: value for name, value in vars(options.data).items() if value is not None}
     train = {name: given[name] for name in ("threshold",) if name in given}
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         train["precision"] = "no"  # a CPU can score what it could not have trained

@@ -14,10 +14,15 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+LEFT_OUT = "left out by a stage"
+
 
 @dataclass(frozen=True)
 class Reject:
-    """A sample that could not be used: it is written to the quarantine, once a run and key."""
+    """A sample that could not be used: it is written to the quarantine, once a run and key.
+
+    Or, with LEFT_OUT as its reason, one that the user does not want: no bad one.
+    """
 
     key: str
     shard: str

@@ -7,6 +7,7 @@ all ranks, "per rank" means in each process.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +16,8 @@ from magneto_dist.errors import InputError
 ModelKind = Literal["magneto", "tf-it", "tf-t", "ff"]
 Decoder = Literal["auto", "cpu", "dali_cpu", "dali_gpu"]
 Precision = Literal["no", "fp16", "bf16"]
+
+_STAGE = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,13 @@ class DataConfig:
     """Loader processes per rank; 0: none, load in the training process; None: cores - 1, 1 to 8."""
     prefetch_batches: int = 4
     """Micro-batches that each loader process keeps ready."""
+    dali_queue_depth: int = 2
+    """DALI decoders: micro-batches decoded before they are needed, per rank, in the memory of the
+    decoder's device (256 pictures of 224 px: 39 MB)."""
+    loader_timeout_s: float = 1800.0
+    """Longest wait for a micro-batch of the loader processes, in s, after which the run ends with
+    an error; longer than a network is asked again (10 minutes a file); 0: no limit. A cold cache
+    may need many shards for the first micro-batch."""
     ledger: bool = False
     """Write the keys of all trained samples to RUN_DIR/ledger, one file per rank."""
     num_streams: int = 64
@@ -101,15 +111,22 @@ class DataConfig:
     """Remote data: how many steps before it is needed a shard is fetched."""
     constant_image: bool = False
     """Ablation: replace every picture by grey, to see what the tags alone can do."""
+    stages: tuple[str, ...] = ()
+    """Your own steps between reading and batching, in order, each `module:function`; the module is
+    installed or lies in the working folder. They act on training, validation and evaluate.py."""
 
     def __post_init__(self) -> None:
+        for name in self.stages:
+            _require(_STAGE.fullmatch(name) is not None, "data.stages", name, "module:function")
         _require(
             self.num_workers is None or self.num_workers >= 0,
             "data.num_workers",
             self.num_workers,
             "None or at least 0",
         )
-        _require(self.prefetch_batches >= 1, "data.prefetch_batches", self.prefetch_batches, ">= 1")
+        for name in ("prefetch_batches", "dali_queue_depth"):
+            _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
+        _require(self.loader_timeout_s >= 0, "data.loader_timeout_s", self.loader_timeout_s, ">= 0")
         _require(
             self.num_streams >= 1 and self.num_streams & (self.num_streams - 1) == 0,
             "data.num_streams",

@@ -187,7 +187,7 @@ def predict(
         num_pictures: so many first items come back with their encoded picture.
 
     Raises:
-        InputError: the items cannot be read, or a loader process was killed.
+        InputError: the items cannot be read, or a loader process was killed or hangs.
     """
     batches = ScoringBatches(
         items, run.vocabulary, run.config, batch_size, run.config.model.sees_pictures, num_pictures
@@ -199,6 +199,7 @@ def predict(
         num_workers=num_workers,
         prefetch=run.config.data.prefetch_batches,
         pin=device.type == "cuda",
+        timeout_s=run.config.data.loader_timeout_s,
     )
     for batch in loaded:
         with torch.no_grad(), run.autocast(device):

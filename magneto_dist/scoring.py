@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from magneto_dist.batch import Reject
+from magneto_dist.batch import LEFT_OUT, Reject
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
@@ -98,7 +98,8 @@ def score_split(
         )
     elapsed_s = time.perf_counter() - started_at_s
     for reject in rejects:
-        print(f"not scored: {reject.key} in {reject.shard}: {reject.reason}", file=sys.stderr)
+        if reject.reason != LEFT_OUT:
+            print(f"not scored: {reject.key} in {reject.shard}: {reject.reason}", file=sys.stderr)
     return {
         "run": str(run.checkpoint.parent.parent),
         "checkpoint": run.checkpoint.name,

@@ -39,6 +39,7 @@ def launch(
     ranks: int = 0,
     through: Sequence[str] = (),
     largest_file_bytes: int | None = None,
+    cwd: Path | None = None,
 ) -> subprocess.Popen[str]:
     """Starts a launcher as a process of its own; `ranks` > 0: that many under torchrun.
 
@@ -53,15 +54,22 @@ def launch(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=largest_file_bytes
         and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file_bytes,) * 2)),
     )
 
 
-def run(launcher: str, *options: str, ranks: int = 0, through: Sequence[str] = ()) -> str:
+def run(
+    launcher: str,
+    *options: str,
+    ranks: int = 0,
+    through: Sequence[str] = (),
+    cwd: Path | None = None,
+) -> str:
     """Runs a launcher to its end, which must be a good one; returns what it printed."""
-    process = launch(launcher, *options, ranks=ranks, through=through)
+    process = launch(launcher, *options, ranks=ranks, through=through, cwd=cwd)
     output, _ = process.communicate(timeout=170)
     assert process.returncode == 0, output
     return output

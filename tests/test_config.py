@@ -32,7 +32,9 @@ def test_accelerate_configs_parse_and_leave_our_settings_to_us(path: Path) -> No
     )
     if config.deepspeed_config:
         ours = {"gradient_accumulation_steps", "gradient_clipping", "train_batch_size"}
-        assert config.deepspeed_config["zero_stage"] == 2
+        stage = path.stem[len("zero")]
+        assert config.deepspeed_config["zero_stage"] == int(stage)
+        assert f"ZeRO-{stage}" in path.read_text().splitlines()[0]
         assert not ours & config.deepspeed_config.keys()
 
 

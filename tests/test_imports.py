@@ -28,11 +28,11 @@ MAY_IMPORT["recipe"] = set(MAY_IMPORT)
 ONLY_IN = {
     "accelerate": {"training/session.py"},
     "deepspeed": set(),
-    "nvidia": {"data/decode_dali.py"},
+    "nvidia": {"data/dali_pipeline.py", "data/decode_dali.py"},
     "matplotlib": {"report.py"},
     "jsonargparse": {"config_io.py"},
     "webdataset": {"data/shard_writer.py"},
-    "datasets": {"data/sources/hf.py"},
+    "datasets": {"data/sources/hf_split.py"},
     "onnxruntime": {"export.py"},
     "onnx": {"export.py"},
 }

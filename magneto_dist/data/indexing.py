@@ -37,6 +37,7 @@ from magneto_dist.data.sources.columns import (
 )
 from magneto_dist.data.storage import Storage
 from magneto_dist.data.tar_scan import ScannedTar, TarScan
+from magneto_dist.data.unique_keys import UniqueKeys
 from magneto_dist.data.writer import SKIPPED_FILE, WriteReport, write_skipped
 from magneto_dist.errors import InputError
 from magneto_dist.files import write_atomically
@@ -59,6 +60,7 @@ def index_tars(
     min_count: int = 1,
     max_skipped_fraction: float = 0.05,
     num_processes: int = 1,
+    read_twice: bool = False,
 ) -> WriteReport:
     """Makes a data set of the WebDataset tars in a folder or under a URL; copies none of them.
 
@@ -83,6 +85,9 @@ def index_tars(
             left out of samples in training, too.
         max_skipped_fraction: samples skipped, as a fraction of all, above which it fails.
         num_processes: that read tars.
+        read_twice: read tars under a URL until two readings agree, where the server tells no
+            checksum of theirs (gs and hf do, S3 not of large ones that were uploaded in parts), so
+            that a bit that the network flips is found.
 
     Raises:
         InputError: no tars, or one that is not whole; too many bad samples; another data set in
@@ -99,7 +104,12 @@ def index_tars(
     _refuse_other_data(out, source)
     fields = AnnotationFields(tags_field, important_field, separator, important_as == "tags")
     scan = TarScan(
-        storage, tuple(image_key.split(",")), annotation_key, fields, DEFAULT_MAX_MEGAPIXELS
+        storage,
+        tuple(image_key.split(",")),
+        annotation_key,
+        fields,
+        DEFAULT_MAX_MEGAPIXELS,
+        read_twice,
     )
     scanned = _scan(scan, names, num_processes)
     known = _vocabulary(scanned, vocabulary, min_count)
@@ -130,7 +140,7 @@ def split_dataset(data_set: str, out: Path, *, validation_fraction: float = 0.1)
         validation_fraction: share of the samples to validate on.
 
     Raises:
-        InputError: no data set, or another one in `out`.
+        InputError: no data set, or another one in `out`; a key that two samples have.
     """
     check_fraction(validation_fraction)
     dataset = Dataset.open(data_set)
@@ -301,7 +311,14 @@ def _write(
     fields: AnnotationFields,
     ignores_unknown_tags: bool,
 ) -> None:
-    """The indexes, the vocabulary, and `dataset.json` at last."""
+    """The indexes, the vocabulary, and `dataset.json` at last.
+
+    Raises:
+        InputError: a key occurs twice.
+    """
+    keys = UniqueKeys()
+    for _, shard, entries in parts:
+        keys.add((entry.key for entry in entries), shard.file)
     out.mkdir(parents=True, exist_ok=True)
     splits: dict[str, list[Shard]] = {}
     for split, shard, entries in parts:

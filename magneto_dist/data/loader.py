@@ -2,7 +2,7 @@
 
 1. `Loader.batches` numbers the micro-batches of this rank from one step to another.
 2. Loader processes (or this one) make them, see `micro_batch.py`.
-3. With the CPU decoder they come with pixels; with DALI this process decodes, one batch ahead.
+3. With the CPU decoder they come with pixels; with DALI this process decodes, some batches ahead.
 
 A micro-batch is a function of its number alone, so that neither the number of loader processes nor
 the step at which a run starts changes it.
@@ -11,7 +11,8 @@ the step at which a run starts changes it.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
@@ -21,10 +22,12 @@ import torch
 
 from magneto_dist.batch import Batch
 from magneto_dist.config import Config
-from magneto_dist.data.micro_batch import Decode, MicroBatches
+from magneto_dist.data.decode_cpu import CpuDecoder, DecodedImages
+from magneto_dist.data.encoded_images import EncodedImages
+from magneto_dist.data.micro_batch import MicroBatches
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
-from magneto_dist.data.stream import Stage
+from magneto_dist.data.stages import load_stages
 from magneto_dist.data.workers import (
     cores_per_rank,
     default_num_workers,
@@ -56,10 +59,9 @@ class Loader:
         plan: how global batches are cut.
         training: shuffle, augment, add and drop tags; False: the split in order, once.
         outliers: tags added to each item in evaluation (Table 3).
-        stages: the user's own steps between parsing and batching; picklable.
 
     Raises:
-        InputError: the decoder that was asked for is not available.
+        InputError: the decoder or a stage that was asked for is not available.
     """
 
     def __init__(
@@ -72,7 +74,6 @@ class Loader:
         *,
         training: bool,
         outliers: int = 0,
-        stages: Sequence[Stage] = (),
     ) -> None:
         self.dataset, self._config, self._world = dataset, config, world
         self._decoder = _choose_decoder(dataset, config)
@@ -85,7 +86,7 @@ class Loader:
             training=training,
             pictures=_PICTURES[self._decoder],
             outliers=outliers,
-            stages=tuple(stages),
+            stages=load_stages(config.data.stages),
         )
         self.num_samples = dataset.num_samples(split)
         self.steps_per_epoch = plan.steps_per_epoch(self.num_samples)
@@ -105,7 +106,7 @@ class Loader:
         Starting anywhere costs nothing. Closing the iterator ends its loader processes.
 
         Raises:
-            InputError: a shard cannot be read, or a loader process was killed.
+            InputError: a shard cannot be read, or a loader process was killed or hangs.
         """
         micro_batches = self._micro_batches
         micro_steps = micro_batches.plan.micro_steps
@@ -115,11 +116,15 @@ class Loader:
             num_workers=self.num_workers,
             prefetch=self._config.data.prefetch_batches,
             pin=micro_batches.pictures != "encoded" and torch.cuda.is_available(),
+            timeout_s=self._config.data.loader_timeout_s,
         )
         if micro_batches.pictures != "encoded":
             return made
         decode = self._dali_decoder()
-        return _one_ahead(micro_batches.decoded(encoded, decode) for encoded in made)
+        decoded = (
+            micro_batches.with_pixels(item.batch, decode(item.images), item.shards) for item in made
+        )
+        return _ahead(decoded, self._config.data.dali_queue_depth)
 
     def empty_batch(self) -> Batch:
         """A micro-batch of padding rows, with the shapes of all others."""
@@ -131,13 +136,12 @@ class Loader:
         pixels = torch.zeros(len(padding), 3, size, size, dtype=torch.uint8)
         return replace(batch, pixels=pixels)
 
-    def _dali_decoder(self) -> Decode:
+    def _dali_decoder(self) -> Callable[[EncodedImages], DecodedImages]:
         # Here and not above: DALI takes seconds to import, and may not be there.
         from magneto_dist.data.decode_dali import DaliDecoder
 
         return DaliDecoder(
-            self._config.augment.image_size,
-            self._config.data.max_image_megapixels,
+            CpuDecoder(self._config.augment.image_size, self._config.data.max_image_megapixels),
             device="gpu" if self._decoder == "dali_gpu" else "cpu",
             num_threads=cores_per_rank(self._world.ranks_per_node),
         )
@@ -165,10 +169,13 @@ def _dali_is_there() -> bool:
         return False
 
 
-def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, each made in a thread while the one before it is in use."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as thread:
-        pending = thread.submit(next, batches, None)
-        while (batch := pending.result()) is not None:
-            pending = thread.submit(next, batches, None)
+def _ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
+    """The same batches, made in a thread; up to `depth` lie ready while one is in use."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+    try:
+        pending = deque(thread.submit(next, batches, None) for _ in range(depth))
+        while (batch := pending.popleft().result()) is not None:
+            pending.append(thread.submit(next, batches, None))
             yield batch
+    finally:
+        thread.shutdown(cancel_futures=True)

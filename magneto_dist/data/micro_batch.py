@@ -1,14 +1,14 @@
 """One micro-batch as a function of its number: sample ids -> rows -> tag slots -> pixels.
 
-1. `MicroBatches.encode` makes everything but pixels, and keeps the encoded pictures beside it.
-2. `MicroBatches.decoded` adds the pixels; a picture that does not decode makes its row invalid.
+1. `MicroBatches.encode` makes everything but pixels, and keeps the pictures as they came beside it.
+2. `MicroBatches.with_pixels` adds the pixels; a picture that does not decode makes its row invalid.
 
 Both run in loader processes, except that DALI decodes in the training process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -26,6 +26,7 @@ from magneto_dist.data.augment import (
     training_augmentations,
 )
 from magneto_dist.data.decode_cpu import CpuDecoder, DecodedImages
+from magneto_dist.data.encoded_images import EncodedImages, encoded_images
 from magneto_dist.data.order import BatchPlan, Order, micro_batch_sample_ids
 from magneto_dist.data.read_ahead import ReadAhead
 from magneto_dist.data.shards import Dataset
@@ -37,12 +38,21 @@ GREY = 127
 
 Row = Record | Reject | None
 """A usable sample, why there is none, or padding."""
-Decode = Callable[[Sequence[bytes], Sequence[Augmentation]], DecodedImages]
+
+
+@dataclass(frozen=True)
+class ForDali:
+    """A micro-batch whose JPEGs another process decodes."""
+
+    batch: Batch
+    images: EncodedImages
+    shards: tuple[str, ...]
+    """The shard of each row, "" in padding rows."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A micro-batch whose pictures are still to be decoded."""
+    """A micro-batch whose pictures are as they came."""
 
     batch: Batch
     images: tuple[bytes, ...]
@@ -57,7 +67,7 @@ class Encoded:
 class MicroBatches(torch.utils.data.Dataset):
     """The micro-batches of one rank by number: step * micro_steps + micro_step.
 
-    Gives a Batch, or Encoded where pictures are decoded elsewhere. An InputError is given as a
+    Gives a Batch, or ForDali where pictures are decoded elsewhere. An InputError is given as a
     value too: torch would wrap a raised one into a traceback.
     """
 
@@ -90,7 +100,7 @@ class MicroBatches(torch.utils.data.Dataset):
         """Micro-batches of an epoch; numbers go on over the epochs."""
         return self.plan.steps_per_epoch(self.order.num_samples) * self.plan.micro_steps
 
-    def __getitem__(self, number: int) -> Batch | Encoded | InputError:
+    def __getitem__(self, number: int) -> Batch | ForDali | InputError:
         step, micro_step = divmod(number, self.plan.micro_steps)
         epoch, sample_ids = self._sample_ids(number)
         if self._read_ahead is not None:
@@ -103,7 +113,11 @@ class MicroBatches(torch.utils.data.Dataset):
             return error
         if self.pictures == "none":
             return encoded.batch
-        return self.decoded(encoded, self._decode) if self.pictures == "decoded" else encoded
+        if self.pictures == "encoded":
+            images = encoded_images(encoded.images, encoded.augmentations, self._cpu_decoder)
+            return ForDali(encoded.batch, images, encoded.shards)
+        images = self._cpu_decoder(encoded.images, encoded.augmentations)
+        return self.with_pixels(encoded.batch, images, encoded.shards)
 
     def _sample_ids(self, number: int) -> tuple[int, Int64[np.ndarray, " batch"]]:
         """Epoch and rows of a micro-batch."""
@@ -149,16 +163,14 @@ class MicroBatches(torch.utils.data.Dataset):
             shards=tuple("" if row is None else row.shard for row in rows),
         )
 
-    def decoded(self, encoded: Encoded, decode: Decode) -> Batch:
-        """The batch with pixels, on the device of the decoder."""
-        batch = encoded.batch
-        images = decode(encoded.images, encoded.augmentations)
+    def with_pixels(self, batch: Batch, images: DecodedImages, shards: Sequence[str]) -> Batch:
+        """The batch with its pictures, `shards` being those of its rows."""
         failed = [
             (row, error)
             for row, error in enumerate(images.errors)
             if error is not None and batch.sample_valid[row]
         ]
-        rejects = (Reject(batch.keys[row], encoded.shards[row], error) for row, error in failed)
+        rejects = (Reject(batch.keys[row], shards[row], error) for row, error in failed)
         batch = replace(batch, pixels=images.pixels, rejects=(*batch.rejects, *rejects))
         return self._without([row for row, _ in failed], batch) if failed else batch
 
@@ -225,7 +237,7 @@ class MicroBatches(torch.utils.data.Dataset):
         return ReadAhead(storage) if storage.is_remote else None
 
     @cached_property
-    def _decode(self) -> Decode:
+    def _cpu_decoder(self) -> CpuDecoder:
         return CpuDecoder(self.config.augment.image_size, self.config.data.max_image_megapixels)
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from magneto_dist.data.transfer import stream
 from magneto_dist.errors import FormatError, InputError
 
 Answer = TypeVar("Answer")
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "hf")
 ATTEMPTS = 8
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0  # three times as long each time: 66 s in all
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # it is not the network
 _SPOILED_ATTEMPTS = 4  # more would get the same wrong content: the server has no other
-_READ_TIMEOUT_S = 60  # between two pieces of an answer; a whole shard may take longer
+_READ_TIMEOUT_S = 60  # between two pieces of an answer; see also transfer.py
 
 
 def is_url(name: str) -> bool:
@@ -41,6 +44,8 @@ def filesystem(url: str) -> Any:
                     total=None, sock_connect=_READ_TIMEOUT_S, sock_read=_READ_TIMEOUT_S
                 )
             }
+        if scheme == "s3":  # else a part of 50 MB is seen only when it is whole
+            options["max_concurrency"] = 1
         return fsspec.filesystem(scheme, **options)
     except ImportError as error:
         client = {"s3": "magneto-dist[s3]", "gs": "gcsfs", "hf": "huggingface_hub"}
@@ -89,14 +94,12 @@ def fetch(url: str, max_bytes: int, attempts: int) -> bytes:
         OSError: as `retried`.
     """
     client = filesystem(url)
-    # One request instead of two, where a client would first ask for the size.
-    options = {"block_size": 0} if url.startswith("http") else {}
 
     def ask() -> bytes:
         content = bytearray()
-        with client.open(url, "rb", **options) as file:
-            # Without blocks, a read gives what has arrived; only the one at the end tells that
-            # the connection was cut.
+        with stream(client, url, max_bytes + 1) as file:
+            # A read gives what has arrived; only the one at the end tells that the connection was
+            # cut.
             while piece := file.read(max_bytes + 1 - len(content)):
                 content += piece
         return bytes(content)
@@ -119,4 +122,5 @@ def _is_refusal(error: BaseException) -> bool:
     """Whether asking again would get the same answer."""
     status = getattr(error, "status", None)
     has_been_refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
-    return has_been_refused or isinstance(error, PermissionError)
+    is_of_the_disk = isinstance(error, OSError) and error.errno in _DISK_ERRORS
+    return has_been_refused or is_of_the_disk or isinstance(error, PermissionError)

@@ -70,8 +70,8 @@ class Parcel:
     """Loader process that the slots belong to."""
     places: tuple[_Place, ...]
     """Of the large tensors."""
-    rest: bytes | None
-    """The item without them, pickled; None: it is large, too, and lies in the last place."""
+    rest: bytes
+    """The item without them, pickled."""
 
 
 class Packing(Dataset[Parcel]):
@@ -94,8 +94,6 @@ class Packing(Dataset[Parcel]):
         _packing, places = self, ()
         try:
             rest, tensors = _split(self._dataset[token])
-            if is_large := len(rest) >= _LARGE_BYTES:
-                tensors.append(torch.frombuffer(bytearray(rest), dtype=torch.uint8))
             places = tuple(self._place(tensor) for tensor in tensors)
         finally:
             _packing = None
@@ -104,7 +102,7 @@ class Packing(Dataset[Parcel]):
             self._taken.clear()
         self._sent.update(place.slot for place in places)
         worker = get_worker_info()
-        return Parcel(worker.id if worker else 0, places, None if is_large else rest)
+        return Parcel(worker.id if worker else 0, places, rest)
 
     def take_slot(self, num_bytes: int) -> Tensor:
         """A slot that is free and large enough, from now on in use."""
@@ -164,8 +162,7 @@ class Unpacking:
         """The item in `parcel`."""
         slots = {place.slot: self._slot(parcel.worker, place) for place in parcel.places}
         large = [place.view(slots[place.slot]) for place in parcel.places]
-        rest = parcel.rest if parcel.rest is not None else large.pop().numpy().data
-        return _Join(rest, [self._pinned(tensor) for tensor in large]).load()
+        return _Join(parcel.rest, [self._pinned(tensor) for tensor in large]).load()
 
     def _slot(self, worker: int, place: _Place) -> Tensor:
         if place.memory is not None:
@@ -206,7 +203,7 @@ class _Split(pickle.Pickler):
 
 
 class _Join(pickle.Unpickler):
-    def __init__(self, rest: bytes | memoryview, large: Sequence[Tensor]) -> None:
+    def __init__(self, rest: bytes, large: Sequence[Tensor]) -> None:
         super().__init__(io.BytesIO(rest))
         self._large = large
 

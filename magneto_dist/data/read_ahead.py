@@ -1,7 +1,8 @@
 """Shards of remote data sets are fetched before they are needed.
 
 The order is known: what a later step reads can be asked for now. Each loader process does so for
-its own micro-batches; two that want the same shard meet at the cache's lock, and one fetches it.
+its own micro-batches. A shard that another one is fetching is left to it: with an empty cache all
+begin with the same shards, and would fetch them one after the other.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 
 from magneto_dist.data.storage import Storage
-from magneto_dist.errors import InputError
+from magneto_dist.errors import FormatError, InputError
 
 _NUM_THREADS = 4
 
@@ -45,5 +46,5 @@ class ReadAhead:
 def _fetch(storage: Storage, names: SimpleQueue[str | None]) -> None:
     while (name := names.get()) is not None:
         # Whoever needs the file meets the error himself, and can say what it was needed for.
-        with suppress(InputError, OSError):
-            storage.local_path(name)
+        with suppress(InputError, FormatError, OSError):
+            storage.fetch_ahead(name)

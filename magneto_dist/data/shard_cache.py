@@ -3,7 +3,8 @@
 The cache is bounded, and shared by all processes of a node.
 
 1. A shard that is there is used, and marked as used.
-2. Else one process takes the shard's lock; the others wait for it, and find the shard there.
+2. Else one process takes the shard's lock; the others wait for it, and find the shard there. Who
+   only fetches ahead goes on to another shard instead.
 3. Room is made: the shards unused for longest go.
 4. It is downloaded under a temporary name, checked, and renamed into place.
 
@@ -25,6 +26,8 @@ from pathlib import Path
 from magneto_dist.errors import InputError
 from magneto_dist.files import require_space, sync_file, sync_folder
 
+Size = Callable[[], int]
+Download = Callable[[Path, int], object]
 _USED_AGAIN_AFTER_S = 60  # a mark of use is not renewed more often
 _ABANDONED_AFTER_S = 3600  # a temporary file that nobody has written to for so long
 
@@ -42,13 +45,7 @@ class ShardCache:
     max_gb: float
     """In 1e9 bytes, over all data sets."""
 
-    def path(
-        self,
-        key: str,
-        name: str,
-        size: Callable[[], int],
-        download: Callable[[Path, int], object],
-    ) -> Path:
+    def path(self, key: str, name: str, size: Size, download: Download) -> Path:
         """The shard `name` of the data set `key`.
 
         Args:
@@ -60,27 +57,35 @@ class ShardCache:
         Raises:
             InputError: it does not fit into the cache or onto the disk.
         """
+        return self._get(key, name, size, download, waits=True)
+
+    def fetch_ahead(self, key: str, name: str, size: Size, download: Download) -> None:
+        """As `path`, unless another process is just downloading it."""
+        self._get(key, name, size, download, waits=False)
+
+    def _get(self, key: str, name: str, size: Size, download: Download, *, waits: bool) -> Path:
         shard = self.folder / hashlib.sha256(key.encode()).hexdigest()[:16] / name
         if _mark_used(shard):
             return shard
         shard.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(shard.with_name(f".{name}.lock")):
-            if _mark_used(shard):
-                return shard
-            num_bytes = size()
-            temporary = shard.with_name(f".{name}.tmp")
-            temporary.unlink(missing_ok=True)  # of a process that was killed
-            self._make_room(num_bytes, name)
-            require_space(self.folder, num_bytes, f"shard {name}")
-            try:
-                download(temporary, num_bytes)
-                sync_file(temporary)
-                temporary.rename(shard)
-            finally:
-                temporary.unlink(missing_ok=True)
-            sync_folder(shard.parent)
-            self._make_room(0, name)
+        with _locked(shard.with_name(f".{name}.lock"), waits) as is_ours:
+            if is_ours and not _mark_used(shard):
+                self._download(shard, size(), download)
         return shard
+
+    def _download(self, shard: Path, num_bytes: int, download: Download) -> None:
+        temporary = shard.with_name(f".{shard.name}.tmp")
+        temporary.unlink(missing_ok=True)  # of a process that was killed
+        self._make_room(num_bytes, shard.name)
+        require_space(self.folder, num_bytes, f"shard {shard.name}")
+        try:
+            download(temporary, num_bytes)
+            sync_file(temporary)
+            temporary.rename(shard)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(shard.parent)
+        self._make_room(0, shard.name)
 
     def _make_room(self, num_bytes: int, name: str) -> None:
         max_bytes = int(self.max_gb * 1e9)
@@ -118,8 +123,12 @@ def _mark_used(shard: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Waits for the lock file `path`; the kernel frees it should its holder die."""
+def _locked(path: Path, waits: bool = True) -> Iterator[bool]:
+    """Takes the lock file `path`, or says that it is taken; the kernel frees it with its holder."""
     with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

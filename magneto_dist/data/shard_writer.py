@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from webdataset.writer import TarWriter
 
 from magneto_dist.data import build_folder
 from magneto_dist.data.build_folder import FinishedShard, ShardPlan
+from magneto_dist.data.build_space import clear_full_disk
 from magneto_dist.data.decode_cpu import check_image_decodes
 from magneto_dist.data.parallel import Tick
 from magneto_dist.data.sample import (
@@ -54,16 +54,9 @@ class ShardWriter(Generic[Row]):
 
     def __call__(self, plan: ShardPlan[Row], tick: Tick) -> FinishedShard:
         """Writes the shard's files, then the note that they are whole; ticks after each row."""
-        try:
+        with clear_full_disk(self.out):
             finished = self._write(plan, tick)
             build_folder.finish(self.out, plan, finished)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise InputError(
-                    f"{self.out}: the disk is full: make room and start the same command again, it"
-                    " goes on where it stopped"
-                ) from None
-            raise
         return finished
 
     def _write(self, plan: ShardPlan[Row], tick: Tick) -> FinishedShard:

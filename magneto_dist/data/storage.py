@@ -5,7 +5,7 @@
 3. Elsewhere (http, https, s3, gs, hf) a shard is downloaded whole, once a node, into a bounded
    cache, checked, and read there; so is an index whose hash is known. Other files are read
    directly.
-4. What the network spoils is asked for again, with growing pauses.
+4. What the network spoils, or brings too slowly, is asked for again, with growing pauses.
 
 Reading a range of a remote shard for every sample would cost a request each; a whole shard costs
 one for thousands of samples.
@@ -20,18 +20,23 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
+from magneto_dist.data.checksums import CheckedReadings, told_checksum
 from magneto_dist.data.network import REMOTE_SCHEMES, filesystem, retried
-from magneto_dist.data.shard_cache import ShardCache, default_cache_dir
+from magneto_dist.data.shard_cache import Download, ShardCache, Size, default_cache_dir
+from magneto_dist.data.transfer import Readable, answer, download, stream
 from magneto_dist.errors import FormatError, InputError
 from magneto_dist.files import sha256_of
 
 Result = TypeVar("Result")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _OTHER_SHA256 = "its SHA-256 is not the one in dataset.json"
+_WHAT_TO_DO = (
+    "copy the file again, or make the data set again (if by `shards.py index` over a network, then"
+    " with --read_twice true)"
+)
 _MAX_OPEN_FILES = 64
-_BLOCK_BYTES = 1 << 23
 _READ_ATTEMPTS = 3
 
 
@@ -137,7 +142,9 @@ class Storage:
             return parse(self._checked(name, self._read_local(name)))
         if name in self.num_bytes:
             return parse(self._from_cache(name, Path.read_bytes))
-        return self._request(name, lambda fs, url: parse(self._checked(name, fs.cat_file(url))))
+        return self._request(
+            name, lambda fs, url: parse(self._checked(name, answer(fs, "cat_file", url)))
+        )
 
     def _read_local(self, name: str) -> bytes:
         try:
@@ -150,17 +157,22 @@ class Storage:
             raise FormatError(_OTHER_SHA256)
         return content
 
-    def read_through(self, name: str, read: Callable[[BinaryIO], Result]) -> Result:
+    def read_through(
+        self, name: str, read: Callable[[Readable], Result], *, twice: bool = False
+    ) -> Result:
         """What `read` makes of the file `name`, of which nothing is kept.
+
+        Where the store tells a checksum, what came over the network is compared with it.
 
         Args:
             name: of the file.
             read: reads the file once, from its start to its end; raises FormatError for content
                 that is no good. Called anew where the network fails.
+            twice: where the store tells no checksum, read until two readings agree.
 
         Raises:
             InputError: the file is absent, or the server does not tell its size.
-            FormatError: of `read`.
+            FormatError: of `read`; or no reading was confirmed.
             OSError: it cannot be read.
         """
         if not self.is_remote:
@@ -170,17 +182,17 @@ class Storage:
                 raise InputError(f"{self.where(name)}: does not exist") from None
             with file:
                 return read(file)
-        num_bytes = self.size(name)
-        options: dict[str, int] = {"block_size": _BLOCK_BYTES}
-        if self.root.startswith("http"):  # one request for all, because not every server has ranges
-            options = {"block_size": 0, "size": num_bytes}
+        info = self._info(name)
+        readings = CheckedReadings(told_checksum(info), twice)
 
         def ask(fs: Any, url: str) -> Result:
-            with fs.open(url, **options) as file:
+            with stream(fs, url, info["size"]) as content:
+                file = readings.hashed(content)
                 result = read(file)
-                if file.tell() != num_bytes:
-                    raise OSError(f"gave {file.tell()} of {num_bytes} bytes")
-                return result
+            if file.num_bytes != info["size"]:
+                raise OSError(f"gave {file.num_bytes} of {info['size']} bytes")
+            readings.check(file)
+            return result
 
         return self._request(name, ask)
 
@@ -193,7 +205,7 @@ class Storage:
         try:
             if not self.is_remote:
                 return sorted(path.name for path in Path(self.root).iterdir())
-            paths = self._retried(self.root, lambda fs, url: fs.ls(url, detail=False))
+            paths = self._retried(self.root, lambda fs, url: answer(fs, "ls", url, detail=False))
         except OSError as error:
             raise InputError(f"{self.root}: cannot be listed: {error}") from None
         return sorted({path.rstrip("/").rpartition("/")[2] for path in paths})
@@ -217,8 +229,12 @@ class Storage:
                 return self._local(name).stat().st_size
             except (FileNotFoundError, NotADirectoryError):
                 raise InputError(f"{self.where(name)}: does not exist") from None
+        return self._info(name)["size"]
+
+    def _info(self, name: str) -> dict[str, Any]:
+        """What the store tells of a file: its size at least."""
         try:
-            return self._request(name, lambda fs, url: _known(fs.size(url)))
+            return self._request(name, lambda fs, url: _with_size(answer(fs, "info", url)))
         except FormatError as error:
             raise InputError(f"{self.where(name)}: {error}") from None
 
@@ -229,25 +245,41 @@ class Storage:
         """
         if not self.is_remote:
             return self._local(name)
+        try:
+            return self._cache().path(*self._cached(name))
+        except FormatError as error:
+            raise OSError(f"{self.where(name)}: {error}") from None
+
+    def fetch_ahead(self, name: str) -> None:
+        """Downloads the file `name` of a remote data set, unless it is there or on its way.
+
+        Raises:
+            InputError, FormatError, OSError: it cannot be had.
+        """
+        self._cache().fetch_ahead(*self._cached(name))
+
+    def _cache(self) -> ShardCache:
+        folder = Path(self.cache_dir) if self.cache_dir else default_cache_dir()
+        return ShardCache(folder, self.cache_gb)
+
+    def _cached(self, name: str) -> tuple[str, str, Size, Download]:
+        """How the cache calls a file, and gets it."""
         _check_name(name)
-        cache = ShardCache(
-            Path(self.cache_dir) if self.cache_dir else default_cache_dir(), self.cache_gb
-        )
-        return cache.path(
-            key=f"{self.root}\n{self.version}",
-            name=name,
-            size=lambda: self.num_bytes.get(name) or self.size(name),
-            download=lambda target, num_bytes: self._request(
+        return (
+            f"{self.root}\n{self.version}",
+            name,
+            lambda: self.num_bytes.get(name) or self.size(name),
+            lambda target, num_bytes: self._request(
                 name, lambda fs, url: self._download(fs, url, name, target, num_bytes)
             ),
         )
 
     def _download(self, fs: Any, url: str, name: str, target: Path, num_bytes: int) -> None:
-        fs.get_file(url, str(target))
+        download(fs, url, target)
         if target.stat().st_size != num_bytes:
             raise OSError(f"download gave {target.stat().st_size} of {num_bytes} bytes")
         if self.sha256.get(name, "") not in ("", sha256_of(target)):
-            raise OSError(_OTHER_SHA256)
+            raise FormatError(f"{_OTHER_SHA256}; {_WHAT_TO_DO}")
 
     def _local(self, name: str) -> Path:
         _check_name(name)
@@ -315,10 +347,10 @@ class _OpenFile:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _known(size: int | None) -> int:
-    if size is None:  # a spoiled answer may lack it, too
+def _with_size(info: dict[str, Any]) -> dict[str, Any]:
+    if info.get("size") is None:  # a spoiled answer may lack it, too
         raise FormatError("the server does not tell its size")
-    return size
+    return info
 
 
 def _check_name(name: str) -> None:

@@ -4,27 +4,24 @@
 2. `parse` makes records of them; a bad sample becomes a Reject.
 3. The user's stages change records or leave some out.
 4. `usable` rejects what the model cannot be trained on.
-5. `Quarantine` and `Ledger` keep on disk what became of the samples.
 
 Steps 2 to 4 are plain generators, composed in `load_rows`.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64
 
-from magneto_dist.batch import Reject
+from magneto_dist.batch import LEFT_OUT, Reject
 from magneto_dist.data.image_bytes import check_image_size
 from magneto_dist.data.sample import BadSample, Sample, check_annotation_size
 from magneto_dist.data.shard_index import ShardIndex, index_name
 from magneto_dist.data.shards import Dataset, Shard
-from magneto_dist.data.step_log import StepLog, read_entries
 from magneto_dist.errors import InputError
 from magneto_dist.vocabulary import Vocabulary
 
@@ -57,8 +54,8 @@ class Record:
 Stage = Callable[[Iterator[Record]], Iterator[Record]]
 """A user's step between parsing and batching, as a generator over the records of one micro-batch.
 
-It may change a record's sample or leave it out (it is then rejected), but not add any. It runs in
-loader processes: a function of a module, the same for the same record."""
+It may change a record's sample or leave it out (it then trains nothing), but not add any. It runs
+in loader processes: a function of a module, the same for the same record."""
 
 
 class SampleReader:
@@ -214,7 +211,7 @@ def load_rows(
             )
         rows[record.sample_id] = record
     for sample_id, sample in raw.items():
-        left_out = Reject(sample.key, sample.shard, "left out by a stage")
+        left_out = Reject(sample.key, sample.shard, LEFT_OUT)
         rows.setdefault(sample_id, rejects.get(sample_id, left_out))
     return [rows[sample_id] for sample_id in sample_ids.tolist()]
 
@@ -263,94 +260,3 @@ def usable(
             yield record
         else:
             rejects[record.sample_id] = Reject(sample.key, record.shard, reason)
-
-
-class Quarantine:
-    """The bad samples of a run: each rank writes its own file, each key stands in one of them.
-
-    In another epoch a bad sample may come to another rank. A rank therefore looks into the files of
-    the others before it writes; ranks walk in step, so theirs are at most a step behind.
-
-    Args:
-        path: the file of this rank; all ranks' files lie in one folder.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._log = StepLog(path)
-        self._start()
-
-    @property
-    def num_keys(self) -> Counter[str]:
-        """Bad samples that this rank knows of by split, those of other ranks included."""
-        return Counter(self._split_of_key.values())
-
-    def write(self, *, split: str, epoch: int, step: int, reject: Reject) -> None:
-        """Adds a bad sample that was met at a global step, unless it is known."""
-        if reject.key in self._split_of_key:
-            return
-        for path in sorted(self.path.parent.glob("*.jsonl")):
-            self._read_new(path)
-        if reject.key in self._split_of_key:
-            return
-        self._split_of_key[reject.key] = split
-        self._log.append(
-            {
-                "epoch": epoch,
-                "step": step,
-                "split": split,
-                "key": reject.key,
-                "shard": reject.shard,
-                "reason": reject.reason,
-            }
-        )
-
-    def flush(self) -> None:
-        """Waits until all is on disk."""
-        self._log.flush()
-
-    def cut_back(self, step: int) -> None:
-        """Keeps what was met up to and including a global step."""
-        self._log.cut_back(step)
-        self._start()
-
-    def close(self) -> None:
-        """Ends writing."""
-        self._log.close()
-
-    def _start(self) -> None:
-        # Not yet the other files: their ranks may be about to cut them back.
-        self._split_of_key: dict[str, str] = {}
-        self._read_bytes: dict[Path, int] = {}
-        self._read_new(self.path)
-
-    def _read_new(self, path: Path) -> None:
-        entries, self._read_bytes[path] = read_entries(path, self._read_bytes.get(path, 0))
-        self._split_of_key.update((entry["key"], entry["split"]) for entry in entries)
-
-
-class Ledger:
-    """The samples that a rank has trained on, one line each.
-
-    Args:
-        path: the file of this rank.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._log = StepLog(path)
-
-    def write(self, *, epoch: int, step: int, keys: Iterable[str]) -> None:
-        """Adds the valid samples of a completed optimizer step."""
-        self._log.extend({"epoch": epoch, "step": step, "key": key} for key in keys)
-
-    def flush(self) -> None:
-        """Waits until all is on disk."""
-        self._log.flush()
-
-    def cut_back(self, step: int) -> None:
-        """Keeps the samples of the steps up to and including a global one."""
-        self._log.cut_back(step)
-
-    def close(self) -> None:
-        """Ends writing."""
-        self._log.close()

@@ -22,13 +22,14 @@ from magneto_dist.data.parallel import Tick
 from magneto_dist.data.sample import AnnotationFields, BadSample, parse_annotation
 from magneto_dist.data.shard_index import Member
 from magneto_dist.data.storage import Storage
+from magneto_dist.data.transfer import Readable
 from magneto_dist.errors import FormatError, InputError
 
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]+)\.(?P<extension>[^/]+)", re.DOTALL)
 """WebDataset's rule: the key ends at the first dot of the file name."""
 _NO_FILE = "is no file of a sample"
 _BLOCK_BYTES = 512
-_READ_BYTES = 1 << 20
+_READ_BYTES = 1 << 23  # where a store has to be asked for each piece, this is one
 
 
 class ScannedSample(NamedTuple):
@@ -69,12 +70,16 @@ class TarScan:
     """Extension of the JSON."""
     fields: AnnotationFields
     max_megapixels: float
+    read_twice: bool = False
+    """What comes over a network, where the store tells no checksum."""
 
     def __call__(self, name: str, tick: Tick) -> ScannedTar:
         """All samples of the tar `name`; ticks at the end."""
         where = self.storage.where(name)
         try:
-            scanned = self.storage.read_through(name, lambda file: self._scan(_Hashed(file), name))
+            scanned = self.storage.read_through(
+                name, lambda file: self._scan(_Hashed(file), name), twice=self.read_twice
+            )
         except FormatError as error:
             raise InputError(
                 f"{where}: {error}: it is damaged or cut off; copy it again, repair it, or leave"
@@ -196,7 +201,7 @@ def _data_end(content: bytes, offset: int, data_end: int) -> int:
 class _Hashed:
     """A file that is hashed while it is read."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Readable) -> None:
         self._file = file
         self.sha256 = hashlib.sha256()
         self.num_bytes = 0

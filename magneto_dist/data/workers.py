@@ -3,7 +3,8 @@
 1. `start_fork_server`: once per training process; a fresh process from which loader processes fork,
    with everything imported. A fork of the training process itself would copy its threads and GPU.
 2. `run_loader` starts loader processes, yields what they make, and ends them.
-3. `init_worker` runs in each of them: one thread, deaf to signals, dead with its training process.
+3. One that hangs ends the run: all are killed, and the error says what to look at.
+4. `init_worker` runs in each of them: one thread, deaf to signals, dead with its training process.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -30,6 +33,8 @@ _PRELOAD = ["__main__", "magneto_dist.data.loader"]
 # A scheduler sends these to every process of a job; the training process alone decides.
 _SIGNALS_OF_THE_RUN = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 _MAX_WORKERS = 8
+_LOOK_S = 5.0  # between two looks whether all loader processes live
+_KILLED_WITHIN_S = 10.0
 
 
 def cores_per_rank(ranks_per_node: int) -> int:
@@ -58,7 +63,13 @@ def start_fork_server() -> None:
 
 
 def run_loader(
-    dataset: Dataset[Any], tokens: Sequence[int], *, num_workers: int, prefetch: int, pin: bool
+    dataset: Dataset[Any],
+    tokens: Sequence[int],
+    *,
+    num_workers: int,
+    prefetch: int,
+    pin: bool,
+    timeout_s: float = 0.0,
 ) -> Iterator[Any]:
     """Yields `dataset[token]` for each token, in order, made by loader processes.
 
@@ -68,13 +79,15 @@ def run_loader(
         num_workers: 0: in this process.
         prefetch: items that each loader process keeps ready.
         pin: call `pin_memory` of each item.
+        timeout_s: longest wait for an item of loader processes; 0: no limit.
 
     Raises:
-        InputError: the one that the data set gave, or a loader process was killed.
+        InputError: the one that the data set gave; a loader process was killed, or gave nothing
+            for too long.
     """
     num_workers = min(num_workers, len(tokens))
     items = (
-        _made_by_processes(dataset, tokens, num_workers, prefetch, pin)
+        _made_by_processes(dataset, tokens, num_workers, prefetch, pin, timeout_s)
         if num_workers > 0
         else (dataset[token] for token in tokens)
     )
@@ -86,19 +99,39 @@ def run_loader(
 
 
 def _made_by_processes(
-    dataset: Dataset[Any], tokens: Sequence[int], num_workers: int, prefetch: int, pin: bool
+    dataset: Dataset[Any],
+    tokens: Sequence[int],
+    num_workers: int,
+    prefetch: int,
+    pin: bool,
+    timeout_s: float,
 ) -> Generator[Any, None, None]:
-    iterator = _start(Packing(dataset), tokens, num_workers, prefetch)
+    others = set(multiprocessing.active_children())
+    iterator = _start(Packing(dataset), tokens, num_workers, prefetch, timeout_s)
+    processes = set(multiprocessing.active_children()) - others
     unpack = Unpacking(pin)
     try:
-        while (received := _next(iterator, None)) is not None:
+        while (received := _next(iterator, processes, timeout_s)) is not None:
             yield received if isinstance(received, InputError) else unpack(received)
     finally:
-        del iterator  # ends the loader processes
+        del iterator  # ends the loader processes, those that still listen
+        _kill(processes)
+
+
+def _kill(processes: set[BaseProcess]) -> None:
+    living = [process for process in processes if process.is_alive()]
+    for process in living:
+        process.kill()
+    for process in living:
+        process.join(_KILLED_WITHIN_S)
 
 
 def _start(
-    dataset: Dataset[Parcel], tokens: Sequence[int], num_workers: int, prefetch: int
+    dataset: Dataset[Parcel],
+    tokens: Sequence[int],
+    num_workers: int,
+    prefetch: int,
+    timeout_s: float,
 ) -> Iterator[Parcel]:
     start_fork_server()
     with warnings.catch_warnings():
@@ -114,26 +147,43 @@ def _start(
             worker_init_fn=partial(init_worker, dict(os.environ)),
             # Making an iterator draws a number; the global generator belongs to the model.
             generator=torch.Generator(),
+            # torch looks after dead processes only when this has passed: no whole `timeout_s`.
+            timeout=min(timeout_s or _LOOK_S, _LOOK_S),
         )
         return iter(loader)
 
 
-def _next(iterator: Iterator[Any], default: Any) -> Any:
-    """`next`, with the death of a loader process as an InputError: given, not raised."""
-    try:
-        return next(iterator, default)
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):
-            raise
-        reason = str(error)
-    except (OSError, EOFError) as error:
-        if "in DataLoader worker process" in str(error):  # torch's mark on what the data set raised
-            raise
-        reason = f"it left an item half sent: {error!r}"
-    # Raising it in an except clause would keep torch's frames, and with them the other processes.
+def _next(iterator: Iterator[Any], processes: set[BaseProcess], timeout_s: float) -> Any:
+    """`next`, or None; a loader process that died or hangs is an InputError: given, not raised."""
+    asked_at_s = time.monotonic()
+    while True:
+        try:
+            return next(iterator, None)
+        except RuntimeError as error:
+            reason = str(error)
+            if "timed out" in reason:
+                if timeout_s == 0 or time.monotonic() - asked_at_s < timeout_s:
+                    continue  # torch allows to ask again
+                _kill(processes)  # torch would wait for them, 5 s each
+                return _stuck(timeout_s)
+            if "exited unexpectedly" not in reason:
+                raise
+        except (OSError, EOFError) as error:
+            if "in DataLoader worker process" in str(error):  # torch's mark on the data set's own
+                raise
+            reason = f"it left an item half sent: {error!r}"
+        # Raising it in an except clause would keep torch's frames, and with them the others.
+        return InputError(
+            f"a loader process was ended from outside ({reason}), perhaps for want of memory or of"
+            " shared memory (/dev/shm): lower --data.num_workers or --data.prefetch_batches"
+        )
+
+
+def _stuck(timeout_s: float) -> InputError:
     return InputError(
-        f"a loader process was ended from outside ({reason}), perhaps for want of memory or of"
-        " shared memory (/dev/shm): lower --data.num_workers or --data.prefetch_batches"
+        f"the loader processes gave no micro-batch for {timeout_s:g} s (--data.loader_timeout_s):"
+        " look whether the disk, mount or server of --data.path and of --data.cache_dir answers,"
+        " and whether a stage of your own hangs; raise the limit if all that is only slow"
     )
 
 

@@ -12,6 +12,7 @@ Bytes depend on the rows alone, not on processes, clock or machine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +22,15 @@ from typing import Any, NamedTuple, TypeVar
 
 from magneto_dist.data import build_folder
 from magneto_dist.data.build_folder import FinishedShard, ShardPlan
+from magneto_dist.data.build_space import (
+    SpaceLeft,
+    check_shard_megabytes,
+    clear_full_disk,
+    picture_sizes,
+    require_space_for,
+)
 from magneto_dist.data.image_bytes import DEFAULT_MAX_MEGAPIXELS
-from magneto_dist.data.parallel import progress_bar, run_tasks
+from magneto_dist.data.parallel import run_tasks
 from magneto_dist.data.sample import Sample
 from magneto_dist.data.shard_writer import ShardWriter, refuse_some_images
 from magneto_dist.data.shards import (
@@ -34,8 +42,9 @@ from magneto_dist.data.shards import (
     dataset_bytes,
 )
 from magneto_dist.data.shrink import NO_SHRINK, Shrink
+from magneto_dist.data.unique_keys import UniqueKeys
 from magneto_dist.errors import InputError
-from magneto_dist.files import require_space, write_atomically
+from magneto_dist.files import write_atomically
 from magneto_dist.vocabulary import Vocabulary
 
 Row = TypeVar("Row")
@@ -66,7 +75,6 @@ def write_dataset(
     max_image_megapixels: float = DEFAULT_MAX_MEGAPIXELS,
     shrink: Shrink = NO_SHRINK,
     load_threads: int = 1,
-    estimated_bytes: int | None = None,
 ) -> WriteReport:
     """Writes a data set to the folder `out`; after a kill the same call goes on where it was.
 
@@ -81,8 +89,9 @@ def write_dataset(
         samples_per_shard: rows per shard, at most.
         shard_megabytes: of pictures per shard (1e6 bytes), at most, by their sizes before
             shrinking; a larger picture has a shard of its own. None: no such limit.
-        image_bytes: the size of a row's picture, 0 where it is bad; runs in this process. Needed
-            for `shard_megabytes`.
+        image_bytes: the size of a row's picture, 0 where it is bad; runs in threads of this
+            process, raises an InputError where it is not known. Needed for `shard_megabytes`;
+            without shrinking, the free disk space is checked by it first. None: not known.
         num_processes: that load, check and write; 1: this one.
         source: JSON that says what is built; an unfinished build of another source is refused.
         max_skipped_fraction: bad rows, as a fraction of all, above which building fails; one bad
@@ -90,17 +99,19 @@ def write_dataset(
         max_image_megapixels: larger pictures (1e6 pixels, by their header) are bad.
         shrink: makes pictures smaller.
         load_threads: of each process that load rows ahead, where loading means waiting.
-        estimated_bytes: of all pictures, to check the free disk space first; None: not known.
 
     Raises:
         InputError: no rows; a tag outside the vocabulary; a key twice; too many bad rows; pictures
-            in some samples only; something else in `out`; the disk is full.
+            in some samples only; something else in `out`; the disk is full, or will be.
     """
     num_rows = _check_rows(splits, samples_per_shard)
     sizes, max_bytes = None, math.inf
     if shard_megabytes is not None:
         check_shard_megabytes(shard_megabytes)
-        sizes, max_bytes = _sizes(splits, image_bytes, num_rows), shard_megabytes * 1e6
+        sizes, max_bytes = picture_sizes(splits, image_bytes), shard_megabytes * 1e6
+    elif shrink.shorter_side is None:
+        with contextlib.suppress(InputError):  # not known: then the space is checked as it goes
+            sizes = picture_sizes(splits, image_bytes)
     if shrink.shorter_side is not None:
         source = {**source, "shrink": asdict(shrink)}
     plans = build_folder.plan_shards(splits, samples_per_shard, vocabulary, sizes, max_bytes)
@@ -108,14 +119,15 @@ def write_dataset(
     if build_folder.is_finished(out, source, input_sha256):
         return _read_report(out)
     totals = _Totals(out, max_skipped=max(1, int(num_rows * max_skipped_fraction)))
-    with build_folder.opened(out, source):
+    with clear_full_disk(out), build_folder.opened(out, source):
         finished = build_folder.finished_shards(out, plans)
         for shard in finished.values():
             totals.add(shard)
         missing = [plan for plan in plans if plan.name not in finished]
         num_missing = sum(len(plan.rows) for plan in missing)
-        if estimated_bytes is not None:
-            require_space(out, estimated_bytes * num_missing // num_rows, "the data set")
+        if sizes is not None and shrink.shorter_side is None:
+            require_space_for(out, missing, sizes)
+        space = SpaceLeft(out, num_missing, num_processes)
         for shard in run_tasks(
             ShardWriter(out, load, vocabulary, max_image_megapixels, shrink, load_threads),
             missing,
@@ -124,6 +136,7 @@ def write_dataset(
             description=f"writing {out.name}",
         ):
             totals.add(shard)
+            space.add(shard)
             finished[shard.shard.name] = shard
         shards = [finished[plan.name] for plan in plans]
         report = totals.report(shards)
@@ -147,7 +160,7 @@ class _Totals:
     out: Path
     max_skipped: int
     num_images: int = 0
-    keys: set[str] = field(default_factory=set)
+    keys: UniqueKeys = field(default_factory=UniqueKeys)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, shard: FinishedShard) -> None:
@@ -156,13 +169,7 @@ class _Totals:
         Raises:
             InputError: the data set can no longer become a good one.
         """
-        for key in shard.keys:
-            if key in self.keys:
-                raise InputError(
-                    f"{shard.shard.name}: key {key!r} occurs twice in the data set; give every"
-                    " sample a key of its own"
-                )
-            self.keys.add(key)
+        self.keys.add(shard.keys, shard.shard.name)
         self.num_images += shard.num_images
         self.skipped += shard.skipped
         if len(self.skipped) > self.max_skipped:
@@ -190,40 +197,6 @@ def _check_rows(splits: Mapping[str, Sequence[Any]], samples_per_shard: int) -> 
     if num_rows == 0:
         raise InputError("there are no rows to make a data set of")
     return num_rows
-
-
-def check_shard_megabytes(shard_megabytes: float) -> None:
-    """Checks a limit.
-
-    Raises:
-        InputError: it is not above 0.
-    """
-    if not shard_megabytes > 0:
-        raise InputError(f"shard_megabytes {shard_megabytes}: must be above 0")
-
-
-def sizes_unknown(pictures: str) -> InputError:
-    """The error where `shard_megabytes` cannot be kept to."""
-    return InputError(
-        f"{pictures}: sizes of pictures are not known before all are read: use samples_per_shard"
-        " instead of shard_megabytes"
-    )
-
-
-def _sizes(
-    splits: Mapping[str, Sequence[Row]], image_bytes: Callable[[Row], int] | None, num_rows: int
-) -> dict[str, list[int]]:
-    """The size of each row's picture."""
-    if image_bytes is None:
-        raise sizes_unknown("this source")
-    sizes: dict[str, list[int]] = {}
-    with progress_bar(num_rows, "sizes of pictures") as bar:
-        for split, rows in splits.items():
-            sizes[split] = []
-            for row in rows:
-                sizes[split].append(image_bytes(row))
-                bar.update()
-    return sizes
 
 
 def _shards_of(

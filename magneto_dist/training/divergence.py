@@ -46,8 +46,8 @@ def require_finite_state(
     """
     if loss is None:
         loss = torch.zeros((), device=session.device)
-    state = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
-    are_finite = torch.stack([t.detach().isfinite().all() for t in state])
+    state = (t for t in session.held_state(model) if t.is_floating_point())
+    are_finite = torch.stack([t.isfinite().all() for t in state])
     packed = torch.stack([loss.double(), (~are_finite).sum().double()])
     reduced_loss, num_bad = session.reduce_sum(packed).tolist()
     require_finite_loss(session, step, reduced_loss)

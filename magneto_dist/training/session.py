@@ -119,6 +119,10 @@ class Session:
                 # Unless told otherwise DeepSpeed clips to norm 1; 0 is off.
                 gradient_clipping=self._clip_norm,
             )
+            # ZeRO-3 gives the whole weights away on demand alone ("16bit": in the dtype they have).
+            plugin.deepspeed_config.setdefault("zero_optimization", {}).update(
+                stage3_gather_16bit_weights_on_model_save=True
+            )
         with warnings.catch_warnings():
             # The name that replaces it does not exist in torch 2.11, nor in accelerate yet.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -192,9 +196,14 @@ class Session:
         return self._accelerator.unwrap_model(model)  # type: ignore[return-value]
 
     def full_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The whole weights by name, on CPU; a collective in ZeRO-3."""
-        state: Any = self._accelerator.get_state_dict(model, unwrap=True)
+        """The whole weights by name, on CPU; a collective in ZeRO-3, empty there but on main."""
+        state: Any = self._accelerator.get_state_dict(model, unwrap=True) or {}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+    def held_state(self, model: nn.Module) -> list[Tensor]:
+        """Weights and buffers, as far as this process holds them: in ZeRO-3 its part of each."""
+        weights = [getattr(weight, "ds_tensor", weight) for weight in model.parameters()]
+        return [tensor.detach() for tensor in (*weights, *model.buffers())]
 
     def scaler_state(self) -> dict[str, Any]:
         """State of the fp16 loss scaler; empty without one."""

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from magneto_dist.batch import Batch, Reject
+from magneto_dist.batch import LEFT_OUT, Batch, Reject
 from magneto_dist.config import Config
+from magneto_dist.data.ledger import Ledger, Quarantine
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.step_log import StepLog, cut_back_all
-from magneto_dist.data.stream import Ledger, Quarantine
 from magneto_dist.errors import InputError
 from magneto_dist.metrics import summarise
 from magneto_dist.training.checkpoint import Progress
@@ -182,6 +182,7 @@ class Telemetry:
                 self._ledger.write(epoch=batch.epoch, step=batch.step, keys=keys)
 
     def _record_rejects(self, split: str, rejects: Sequence[Reject], epoch: int, step: int) -> None:
+        rejects = [reject for reject in rejects if reject.reason != LEFT_OUT]
         for reject in rejects:
             self._quarantine.write(split=split, epoch=epoch, step=step, reject=reject)
         if rejects and (num_bad := self._quarantine.num_keys[split]) > self._max_bad[split]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import random
 import socket
 import struct
@@ -9,13 +11,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from http.client import HTTPConnection
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 FAULTS = ("503", "reset", "cut off", "short", "flipped", "slow")
+# "trickle", too: a byte a moment, never silent; only for clients that do not wait for the end
+_TRICKLE_S = 30
 
 
 class FaultyServer:
@@ -28,6 +32,7 @@ class FaultyServer:
         self.url = url
         self.faults: tuple[str, ...] = ()
         self.probability = 0.5
+        self.tells_md5 = False
         self.random = random.Random(0)
         self.asked: Counter[str] = Counter()
         """Contents, by file."""
@@ -85,9 +90,13 @@ class _Handler(SimpleHTTPRequestHandler):
             self._answer(content[:100], length=len(content))
             time.sleep(0.3)
             self.wfile.write(content[100:])
+        elif fault == "trickle":
+            self._answer(b"", length=len(content))
+            with suppress(ConnectionError):
+                self._trickle(content)
         elif fault == "flipped":
-            middle = len(content) // 2
-            flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+            at = self.state.random.randrange(len(content))  # a network flips another bit each time
+            flipped = content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
             self._answer(flipped, length=len(content))
         elif fault == "short":
             self._answer(content[: len(content) // 3], length=None)
@@ -97,12 +106,24 @@ class _Handler(SimpleHTTPRequestHandler):
                 reset_at_close = struct.pack("ii", 1, 0)
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset_at_close)
 
+    def _trickle(self, content: bytes) -> None:
+        for number in range(int(_TRICKLE_S / 0.05)):
+            self.wfile.write(content[number : number + 1])
+            time.sleep(0.05)
+
     def _answer(self, content: bytes, length: int | None) -> None:
         self.send_response(200)
         if length is not None:
             self.send_header("Content-Length", str(length))
         self.end_headers()
         self.wfile.write(content)
+
+    def end_headers(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if self.state.tells_md5 and path.is_file():
+            md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).digest()
+            self.send_header("Content-MD5", base64.b64encode(md5).decode())
+        super().end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
         pass

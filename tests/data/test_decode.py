@@ -30,6 +30,7 @@ from magneto_dist.data.augment import (
 )
 from magneto_dist.data.auto_augment import IMAGENET_POLICY
 from magneto_dist.data.decode_cpu import OPERATIONS, CpuDecoder, DecodedImages, decode_image
+from magneto_dist.data.encoded_images import encoded_images
 from magneto_dist.data.sample import BadSample
 
 SIZE = 48
@@ -68,7 +69,9 @@ def dali(request):
         pytest.skip("needs a CUDA device")
     from magneto_dist.data.decode_dali import DaliDecoder
 
-    return DaliDecoder(SIZE, 100.0, device=request.param, num_threads=2)
+    cpu = CpuDecoder(SIZE, 100.0)
+    decode = DaliDecoder(cpu, device=request.param, num_threads=2)
+    return lambda images, augmentations: decode(encoded_images(images, augmentations, cpu))
 
 
 @pytest.fixture
@@ -227,6 +230,27 @@ def test_dali_gives_the_same_reasons_and_leaves_the_others_alone(cpu, dali):
     good = dali([GOOD, GOOD], [WHOLE] * 2)
     assert good.errors == (None, None)
     assert torch.equal(good.pixels[1], alone)
+
+
+def test_pictures_that_dali_refuses_cost_no_other(cpu, dali, photos):
+    augmentations = training(len(photos))
+    sound = dali(photos, augmentations)
+    images = [BAD["no tables"] if row in (0, 5, 6, 11) else p for row, p in enumerate(photos)]
+    decoded = dali(images, augmentations)
+    for row in range(len(photos)):
+        if row in (0, 5, 6, 11):
+            assert decoded.errors[row] == cpu([images[row]], [WHOLE]).errors[0]
+            assert not decoded.pixels[row].any()
+        else:
+            assert decoded.errors[row] is None
+            assert torch.equal(decoded.pixels[row], sound.pixels[row])
+
+
+def test_larger_batch_follows_a_smaller_one_and_an_empty_one(dali, photos):
+    for count in (0, 1, 3, 12, 2):
+        decoded = dali(photos[:count], training(count))
+        assert decoded.pixels.shape == (count, 3, SIZE, SIZE)
+        assert decoded.errors == (None,) * count
 
 
 # DALI against CPU -------------------------------------------------------------------------------

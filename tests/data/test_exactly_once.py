@@ -35,13 +35,13 @@ from tar_samples import tar_contents
 from magneto_dist.batch import Batch
 from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig
 from magneto_dist.data.decode_cpu import check_image_decodes
+from magneto_dist.data.ledger import Ledger, Quarantine
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.sample import BadSample, Sample
 from magneto_dist.data.shard_index import Member, ShardIndex, index_bytes
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.step_log import cut_back_all
-from magneto_dist.data.stream import Ledger, Quarantine
 from magneto_dist.data.writer import write_dataset
 from magneto_dist.world import World
 from shard_edits import note_index_hashes

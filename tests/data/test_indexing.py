@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import encoded
-from small_data import read_jsonl
+from small_data import key_of, read_jsonl
 
 from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig, TrainConfig
 from magneto_dist.data.indexing import index_tars, split_dataset
@@ -26,6 +26,7 @@ from magneto_dist.data.tar_scan import ScannedTar, TarScan
 from magneto_dist.data.verify import verify
 from magneto_dist.errors import InputError
 from magneto_dist.world import World
+from shard_edits import note_index_hashes
 
 PICTURE = encoded(60, 50, "JPEG")
 PNG = encoded(20, 30, "PNG")
@@ -335,3 +336,15 @@ def test_a_remote_data_set_may_not_lead_to_files_of_this_machine(tars, tmp_path)
     (tmp_path / "index" / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match="must be a folder or a URL"):
         Dataset.open(str(tmp_path / "index"))
+
+
+def test_a_key_in_two_shards_is_refused_before_anything_is_written(damaged, tmp_path):
+    index = damaged.folder / "train-000003.idx"
+    index.write_text(index.read_text().replace(f"{key_of(22)}.", f"{key_of(2)}."))
+    note_index_hashes(damaged.folder)
+    where = "in train-000000.tar and in train-000003.tar"
+    with pytest.raises(
+        InputError, match=f"key '{key_of(2)}' occurs twice in the data set, {where}"
+    ):
+        split_dataset(str(damaged.folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from magneto_dist.config import (
     TagsConfig,
     TrainConfig,
 )
-from magneto_dist.data.loader import Loader
+from magneto_dist.data.loader import Loader, _ahead
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError
@@ -325,6 +326,57 @@ def test_closing_dali_batches_early_ends_its_thread(small_dataset):
     assert next(batches, None) is None
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_as_many_batches_are_decoded_ahead_as_the_queue_is_deep(small_dataset, depth):
+    pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI")
+    config = with_data(decoder="dali_cpu", dali_queue_depth=depth)
+    made = loader(small_dataset, config, batch_size=8)
+    expected = list(
+        loader(small_dataset, with_data(decoder="dali_cpu"), batch_size=8).batches(1, 6)
+    )
+    counting = Counting(expected)
+    ahead = _ahead(counting, depth)
+    for taken in range(1, 4):
+        next(ahead)
+        wait_until(lambda taken=taken: counting.given == taken + depth)
+        time.sleep(0.05)
+        assert counting.given == taken + depth
+    ahead.close()
+    assert_equal(list(made.batches(1, 6)), expected)
+
+
+def test_error_of_the_decoding_thread_arrives(small_dataset, damaged):
+    pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI")
+    dataset = damaged.open()
+    batches = loader(dataset, with_data(decoder="dali_cpu"), batch_size=4).batches(1, 1000)
+    next(batches)
+    for tar in damaged.folder.glob("*.tar"):
+        tar.write_bytes(b"")
+    with pytest.raises(InputError, match="cut off"):
+        list(batches)
+
+
+class Counting:
+    """Gives what it was given, and says how much."""
+
+    def __init__(self, items):
+        self.items, self.given = iter(items), 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.given += 1
+        return next(self.items)
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_grey_pictures_are_not_decoded_and_text_has_no_pixels(damaged, text_dataset):
     damaged.cut_picture(4)
     grey = loader(damaged.open(), replace(CONFIG, data=GREY), batch_size=70, group_size=7)
@@ -368,8 +420,9 @@ def test_an_empty_batch_has_the_shapes_of_all_others(small_dataset):
 
 
 def test_stages_of_the_user_run_in_the_loader_processes(small_dataset):
-    config = with_data(num_workers=1, constant_image=True)
-    batches = list(loader(small_dataset, config, stages=[without_even_samples]).batches(1, 4))
+    stages = (f"{__name__}:without_even_samples",)
+    config = with_data(num_workers=1, constant_image=True, stages=stages)
+    batches = list(loader(small_dataset, config).batches(1, 4))
     assert sorted(valid_ids(batches)) == list(range(1, 60, 2))
     assert sorted(reject.key for batch in batches for reject in batch.rejects) == [
         key_of(i) for i in range(0, 60, 2)

@@ -15,9 +15,11 @@ from small_data import NUM_SAMPLES, VOCABULARY, key_of, read_jsonl
 from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig, TrainConfig
 from magneto_dist.data.indexing import index_tars
 from magneto_dist.data.loader import Loader
+from magneto_dist.data.network import filesystem
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset, ShardIndex
 from magneto_dist.data.storage import Storage
+from magneto_dist.data.transfer import Readable, _Ranges
 from magneto_dist.errors import InputError
 from magneto_dist.world import World
 from processes import TINY, run
@@ -156,6 +158,50 @@ def test_run_over_a_bad_network_trains_on_every_sample_once(server, tmp_path):
     assert server.done.total() >= 5
 
 
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    monkeypatch.setattr("magneto_dist.data.network._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("magneto_dist.data.transfer.WINDOW_S", 0.5)
+    monkeypatch.setattr("magneto_dist.data.transfer.ANSWER_WITHIN_S", 0.5)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_trickles_is_broken_off_and_asked_for_again(server, tmp_path):
+    server.faults, server.probability = ("trickle",), 0.3
+    dataset = Dataset.open(server.url, cache_dir=str(tmp_path / "cache"))
+    assert keys_of_an_epoch(loader(dataset, num_workers=0)) == KEYS
+    index_tars(server.url, tmp_path / "index", **INDEX_OPTIONS)
+    assert server.done["trickle"] >= 2
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_only_trickles_is_one_clear_error(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("magneto_dist.data.network.ATTEMPTS", 2)
+    server.faults, server.probability = ("trickle",), 1.0
+    too_slow = r"train-000001\.tar: .*broken off, for it gave \d+ bytes in 0\.\d* s, fewer than"
+    with pytest.raises(OSError, match=too_slow):
+        Storage(server.url, str(tmp_path)).local_path("train-000001.tar")
+    assert [path.name for path in tmp_path.glob("*/*")] == [".train-000001.tar.lock"]
+    with pytest.raises(InputError, match=r"train-000002\.tar: cannot be read: .*broken off"):
+        index_tars(f"{server.url}/train-000002.tar", tmp_path / "index")
+    with pytest.raises(InputError, match=r"dataset\.json: .*no answer within 0\.5 s"):
+        Dataset.open(server.url)
+
+
+@pytest.mark.parametrize("options", [{"read_twice": True}, {}])
+def test_a_bit_flipped_while_tars_are_indexed_is_found(
+    server, small_dataset_dir, tmp_path, monkeypatch, options
+):
+    monkeypatch.setattr("magneto_dist.data.network._FIRST_PAUSE_S", 0.01)
+    index_tars(str(small_dataset_dir), tmp_path / "local", **INDEX_OPTIONS)
+    server.faults, server.probability = ("flipped",), 0.3
+    server.tells_md5 = not options
+    index_tars(server.url, tmp_path / "remote", **INDEX_OPTIONS, **options)
+    assert server.done["flipped"] >= 2
+    local, remote = (Dataset.open(str(tmp_path / name)) for name in ("local", "remote"))
+    assert remote.splits == local.splits
+
+
 def test_shards_are_asked_for_before_they_are_needed(server, tmp_path):
     dataset = Dataset.open(server.url, cache_dir=str(tmp_path))
     made = loader(dataset, num_workers=0, batch_size=2, read_ahead_steps=29)
@@ -243,11 +289,35 @@ def test_index_of_tars_in_s3_over_a_bad_network(
 ):
     monkeypatch.setattr("magneto_dist.data.network._FIRST_PAUSE_S", 0.01)
     index_tars(str(small_dataset_dir), tmp_path / "local", **INDEX_OPTIONS)
-    bucket.faults, bucket.done = ("503", "reset", "cut off", "slow"), Counter()
+    bucket.faults, bucket.done = ("503", "reset", "cut off", "slow", "flipped"), Counter()
     index_tars(s3, tmp_path / "remote", **INDEX_OPTIONS)
     assert bucket.done.total() >= 5
     local, remote = (Dataset.open(str(tmp_path / name)) for name in ("local", "remote"))
     assert remote.splits == local.splits
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_trickles_from_s3_is_broken_off_and_asked_for_again(s3, bucket, tmp_path):
+    bucket.faults, bucket.done = ("trickle",), Counter()
+    storage = Storage(s3, str(tmp_path))
+    names = [f"train-{number:06}.tar" for number in range(4)]
+    sizes = [storage.local_path(name).stat().st_size for name in names]
+    assert [storage.read_through(name, lambda file: len(read_all(file))) for name in names] == sizes
+    assert bucket.done["trickle"] >= 4
+
+
+def test_files_are_read_piece_by_piece_where_the_client_has_no_stream(s3, bucket):
+    storage = Storage(s3)
+    size = storage.size("train-000000.tar")
+    client, url = filesystem(s3), f"{s3}/train-000000.tar"
+    pieces = _Ranges(client, url, size)
+    whole = client.cat_file(url)
+    assert read_all(pieces) == whole
+    assert read_all(_Ranges(client, url, size + 5)) == whole
+
+
+def read_all(file: Readable) -> bytes:
+    return b"".join(iter(lambda: file.read(1000), b""))
 
 
 def test_index_of_tars_in_s3_is_trained_on(s3, tmp_path):

@@ -255,3 +255,15 @@ def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
     with pytest.raises(InputError, match=r"demo data cannot be written .* set XDG_CACHE_HOME"):
         demo.ensure_demo(8)
+
+
+def test_shards_of_so_many_megabytes(tmp_path: Path) -> None:
+    demo.build(tmp_path, 40, num_processes=1, shard_megabytes=0.03)
+    for split, count in (("train", 40), ("validation", 10)):
+        shards = Dataset.open(str(tmp_path)).splits[split]
+        pictures = iter(
+            len(demo.load_item(DemoRow(0, split, i)).image or b"") for i in range(count)
+        )
+        sizes = [sum(itertools.islice(pictures, shard.num_samples)) for shard in shards]
+        assert len(sizes) > 1
+        assert all(15_000 < size <= 30_000 for size in sizes[:-1])

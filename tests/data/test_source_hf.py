@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from tar_samples import tar_samples
 from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources import hf
-from magneto_dist.data.sources.hf import HfColumns, HfRow, HfSplit
+from magneto_dist.data.sources.hf import HfColumns, HfRow
+from magneto_dist.data.sources.hf_split import HfSplit
 from magneto_dist.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("datasets_offline")
@@ -59,6 +61,21 @@ def test_saved_to_disk(tmp_path: Path) -> None:
     assert report == (8, [])
     check(tmp_path / "out")
     assert tar_samples(tmp_path / "out", "validation")
+
+
+def test_full_disk_is_noticed_before_it_is_full(tmp_path: Path, monkeypatch) -> None:
+    table().save_to_disk(tmp_path / "saved")
+    needed = sum(len(picture(number)) for number in range(8))
+
+    def with_free(num_bytes: int) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=num_bytes)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    with_free(needed - 1)
+    with pytest.raises(InputError, match="the data set needs"):
+        hf.build(tmp_path / "out", str(tmp_path / "saved"))
+    with_free(needed)
+    assert hf.build(tmp_path / "out", str(tmp_path / "saved")).written == 8
 
 
 def test_splits_saved_to_disk(tmp_path: Path) -> None:

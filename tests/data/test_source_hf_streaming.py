@@ -19,8 +19,9 @@ from test_writer import contents, wait_until
 from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources import hf
-from magneto_dist.data.sources.hf import HfColumns, HfSplit
+from magneto_dist.data.sources.hf import HfColumns
 from magneto_dist.data.sources.hf_cells import Cells, Place, read_named
+from magneto_dist.data.sources.hf_split import HfSplit, own_urls
 from magneto_dist.data.verify import verify
 from magneto_dist.errors import InputError
 
@@ -308,7 +309,7 @@ def test_pictures_of_a_folder_or_an_archive(
 def test_no_url_leads_out_of_the_data_set(url: str) -> None:
     source = HfSplit("me/photos", "train", streaming=True)
     with pytest.raises(BadSample, match=r"lies outside|lies in something else"):
-        read_named(url, [], hf._own_urls(source), "key")
+        read_named(url, [], own_urls(source), "key")
 
 
 def test_saved_data_sets_are_read_where_they_lie(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_annotations_follow_the_rules_of_the_paper(
     }
 
 
-def test_pictures_in_folders_and_flat(tmp_path: Path) -> None:
+def test_pictures_in_folders_and_flat(tmp_path: Path, monkeypatch) -> None:
     root = write_root(tmp_path / "root", text_files())
     rows = [(path.replace("\\", "/"), path.split("_")[1]) for path in paths()]
     for number, (path, flat) in enumerate(rows):
@@ -131,6 +132,11 @@ def test_pictures_in_folders_and_flat(tmp_path: Path) -> None:
         if flat != "1012.jpg" and number != 7:
             place.write_bytes(buffer.getvalue())
     report = nus_wide.build(tmp_path / "out", root, samples_per_shard=10)
+    with monkeypatch.context() as full:
+        usage = shutil.disk_usage(tmp_path)._replace(free=0)
+        full.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(InputError, match="the data set needs"):
+            nus_wide.build(tmp_path / "full", root)
     nus_wide.build(tmp_path / "one each", root, shard_megabytes=1e-6)
     sizes = Dataset.open(str(tmp_path / "one each")).shard_sizes("train")
     assert set(sizes) == {1}

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
+import resource
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -162,6 +165,33 @@ def test_threads_and_processes_download_a_shard_once(server, tmp_path):
         results += threads.map(partial(read_byte, storage), offsets)
     assert results == [CONTENT[k : k + 1] for k in (*offsets, *offsets)]
     assert server.gets(NAMES[0]) == 1
+
+
+def test_a_shard_on_its_way_is_left_to_who_fetches_it(server, tmp_path):
+    storage = Storage(server.url, str(tmp_path / "cache"))
+    lock = storage.local_path(NAMES[0]).with_name(f".{NAMES[1]}.lock")
+    with lock.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for name in NAMES[:3]:
+            storage.fetch_ahead(name)
+        assert cached(tmp_path / "cache") == {NAMES[0], NAMES[2]}
+    assert storage.read(NAMES[1], 0, 5) == CONTENT[:5]
+    assert [server.gets(name) for name in NAMES[:3]] == [1, 1, 1]
+
+
+def test_disk_that_fills_up_is_named_and_keeps_nothing(server, tmp_path):
+    storage = Storage(server.url, str(tmp_path / "cache"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # a write past that limit fails as one on a full disk does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(CONTENT) // 2, limits[1]))
+        with pytest.raises(OSError, match=r"train-000000\.tar: OSError: .*File too large"):
+            storage.read(NAMES[0], 0, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert server.gets(NAMES[0]) == 1  # the network is not to blame
+    assert [path.name for path in (tmp_path / "cache").glob("*/*")] == [f".{NAMES[0]}.lock"]
 
 
 def test_shard_stays_cached_without_a_request(server, tmp_path):

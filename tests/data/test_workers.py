@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,10 @@ class Squares(Dataset):
             os.kill(os.getpid(), signal.SIGKILL)
         if number == at and what == "stuck":
             time.sleep(600)
+        if number == at and what == "deaf":  # holds the interpreter: no other thread runs
+            re.fullmatch("(a+)+b", "a" * 60)
+        if number == at and what == "late":
+            time.sleep(1.5)
         if number == at and what == "bug":
             raise KeyError("a bug")
         if number == at and what == "input":
@@ -40,8 +45,10 @@ class Squares(Dataset):
         return torch.tensor(number**2), os.getpid(), torch.get_num_threads()
 
 
-def run(dataset: Dataset, tokens: range, num_workers: int):
-    return run_loader(dataset, tokens, num_workers=num_workers, prefetch=2, pin=False)
+def run(dataset: Dataset, tokens: range, num_workers: int, timeout_s: float = 0.0):
+    return run_loader(
+        dataset, tokens, num_workers=num_workers, prefetch=2, pin=False, timeout_s=timeout_s
+    )
 
 
 def is_running(pid: int) -> bool:
@@ -172,6 +179,23 @@ def test_a_stuck_process_is_ended_when_its_batches_are_no_longer_wanted():
     pids = {next(items)[1] for _ in range(4)}
     items.close()
     assert not wait_for_end(pids, 5)
+
+
+@pytest.mark.parametrize("mischief", ["stuck", "deaf"])
+def test_a_process_that_hangs_is_one_clear_error_and_none_is_left(mischief):
+    items = run(Squares((6, mischief)), range(60), 2, timeout_s=2.0)
+    pids = {next(items)[1] for _ in range(4)}
+    started_at_s = time.monotonic()
+    with pytest.raises(InputError, match=r"gave no micro-batch for 2 s \(--data\.loader_timeout_s"):
+        list(items)
+    assert 2 <= time.monotonic() - started_at_s < 10
+    assert not wait_for_end(pids, 1)
+
+
+def test_a_process_that_is_late_loses_nothing(monkeypatch):
+    monkeypatch.setattr("magneto_dist.data.workers._LOOK_S", 0.2)
+    items = run(Squares((6, "late")), range(12), 2, timeout_s=30.0)
+    assert [int(square) for square, _, _ in items] == [n**2 for n in range(12)]
 
 
 def pids_of_group(group: int) -> set[int]:

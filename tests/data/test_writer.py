@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from PIL import Image
 from magneto_dist.data.build_folder import cuts
 from magneto_dist.data.sample import BadSample, Sample
 from magneto_dist.data.shards import Dataset, ShardIndex
+from magneto_dist.data.shrink import Shrink
 from magneto_dist.data.verify import verify
 from magneto_dist.data.writer import WriteReport, write_dataset
 from magneto_dist.errors import InputError
@@ -360,9 +362,15 @@ def repeats_in_other_split(row: int) -> Sample:
     return with_key_of_row_3_at(row, 55)
 
 
-@pytest.mark.parametrize("load", [repeats_in_shard, repeats_in_other_split])
-def test_key_that_occurs_twice_is_an_error(tmp_path, load):
-    with pytest.raises(InputError, match="key 'item-003' occurs twice"):
+@pytest.mark.parametrize(
+    ("load", "where"),
+    [
+        (repeats_in_shard, "in train-000000.tar"),
+        (repeats_in_other_split, "in train-000000.tar and in validation-000000.tar"),
+    ],
+)
+def test_key_that_occurs_twice_is_an_error(tmp_path, load, where):
+    with pytest.raises(InputError, match=f"key 'item-003' occurs twice in the data set, {where}:"):
         write(tmp_path, load)
 
 
@@ -440,8 +448,47 @@ def test_shards_by_size_are_kept_after_an_error_too(tmp_path):
 
 
 def test_full_disk_is_noticed_before_it_is_full(tmp_path):
-    with pytest.raises(InputError, match=r"needs 1000000\.00 GB in"):
-        write(tmp_path, estimated_bytes=10**15)
+    with pytest.raises(InputError, match=r"the data set needs 61000000\.00 GB in"):
+        write(tmp_path, image_bytes=lambda _: 10**15)
+    assert not list(tmp_path.glob("*.tar"))
+
+
+@pytest.mark.parametrize("options", [{}, {"image_bytes": num_bytes, "shrink": Shrink(4)}])
+def test_space_is_checked_as_it_goes_where_sizes_are_not_known(tmp_path, monkeypatch, options):
+    write(tmp_path / "at once", **options)
+    whole = sum(path.stat().st_size for path in (tmp_path / "at once").glob("*.tar"))
+    usage, out = shutil.disk_usage(tmp_path), tmp_path / "out"
+
+    def free(_: Path):  # a disk that fills up as shards are written
+        written = sum(path.stat().st_size for path in out.glob("*.tar"))
+        return usage._replace(free=disk_bytes - written)
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    disk_bytes = whole // 2
+    with pytest.raises(InputError, match=r"the rest of the data set, .* needs .* GB in .* make ro"):
+        write(out, **options)
+    assert [path.name for path in out.glob("*.tar")] == ["train-000000.tar"]
+    disk_bytes = whole * 5 // 4  # shards are not quite equal
+    write(out, **options)
+    assert contents(out) == contents(tmp_path / "at once")
+
+
+def test_disk_that_is_full_is_one_line_and_finished_shards_are_kept(tmp_path):
+    out = tmp_path / "out"
+
+    def load_while_it_fills_up(row: int) -> Sample:
+        if row == 15:  # the third shard will be written to a full device
+            (out / ".build" / ".train-000002.tar.tmp").symlink_to("/dev/full")
+        return load(row)
+
+    with pytest.raises(InputError, match=r"out: the disk is full: make room and start the same"):
+        write(out, load_while_it_fills_up)
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert sorted(path.name for path in kept) == ["train-000000.tar", "train-000001.tar"]
+    write(out)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    write(tmp_path / "at once")
+    assert contents(out) == contents(tmp_path / "at once")
 
 
 @pytest.mark.parametrize(

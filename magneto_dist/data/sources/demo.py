@@ -80,7 +80,11 @@ class DemoRow(NamedTuple):
 
 
 def build(
-    out: Path, items: int = 4000, seed: int = 0, num_processes: int | None = None
+    out: Path,
+    items: int = 4000,
+    seed: int = 0,
+    num_processes: int | None = None,
+    shard_megabytes: float | None = None,
 ) -> WriteReport:
     """Writes `items` training and `items // 4` validation items to the folder `out`.
 
@@ -89,6 +93,8 @@ def build(
         items: training items, at least 4.
         seed: of every drawn thing.
         num_processes: that draw and write; None: one per core, at most 8.
+        shard_megabytes: of pictures per shard (1e6 bytes), at most; to know their sizes, all are
+            drawn once more. None: no such limit.
 
     Raises:
         InputError: fewer than 4 items; or as for `write_dataset`.
@@ -105,6 +111,8 @@ def build(
         load_item,
         VOCABULARY,
         samples_per_shard=_SAMPLES_PER_SHARD,
+        shard_megabytes=shard_megabytes,
+        image_bytes=None if shard_megabytes is None else _drawn_bytes,
         num_processes=num_processes or min(8, os.cpu_count() or 1),
         source={"builder": "demo", "version": CONTENT_VERSION, "items": items, "seed": seed},
     )
@@ -154,6 +162,10 @@ def load_item(row: DemoRow) -> Sample:
         tags=tuple(names[i] for i in order),
         important=tuple(flags[i] for i in order),
     )
+
+
+def _drawn_bytes(row: DemoRow) -> int:
+    return len(load_item(row).image or b"")
 
 
 def _visual_tags(shown: tuple[str, ...], rng: np.random.Generator) -> dict[str, bool]:

@@ -1,6 +1,6 @@
 """Any data set of the `datasets` library becomes a data set of ours.
 
-1. `_open` loads a split: from the hub, from local files, or from a folder of `save_to_disk`.
+1. `hf_split.py` opens a split: of the hub, of local files, or of a folder of `save_to_disk`.
 2. `_rows` reads the columns of tags, and keeps them in memory: the vocabulary and the split need
    all of them before the first shard. Pictures stay where they are and are not decoded.
 3. `PictureReader` reads one picture, encoded as it is, in one of the writer's processes; each opens
@@ -11,15 +11,14 @@ Streamed, the data set is read like this twice, and never kept; see `build` for 
 
 from __future__ import annotations
 
-import re
 import sys
+import threading
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from magneto_dist.data.network import is_url
+from magneto_dist.data.build_space import sizes_unknown
 from magneto_dist.data.parallel import progress_bar
 from magneto_dist.data.sample import BadSample, Sample
 from magneto_dist.data.shrink import NO_SHRINK, Shrink
@@ -31,34 +30,22 @@ from magneto_dist.data.sources.columns import (
     vocabulary_of,
 )
 from magneto_dist.data.sources.hf_cells import Cells, Place, all_rows, read_named
+from magneto_dist.data.sources.hf_split import (
+    HfSplit,
+    cache_folders,
+    encoded,
+    is_saved,
+    num_rows,
+    open_split,
+    own_folders,
+    own_urls,
+    select,
+)
 from magneto_dist.data.sources.picture_files import picture_bytes
-from magneto_dist.data.writer import WriteReport, sizes_unknown, write_dataset
+from magneto_dist.data.writer import WriteReport, write_dataset
 from magneto_dist.errors import InputError
 
-
-@dataclass(frozen=True)
-class HfSplit:
-    """What to load."""
-
-    path: str
-    """Name on the hub, a builder ("imagefolder", "parquet"), or a folder of `save_to_disk`."""
-    split: str
-    """Name of the split there."""
-    config: str | None = None
-    """Name of the configuration, where there are several."""
-    data_files: str | None = None
-    """Files for a builder: a path or a pattern."""
-    data_dir: str | None = None
-    """Folder for a builder."""
-    images: str | None = None
-    """Folder of pictures that rows name by path, beside those of the data set itself."""
-    streaming: bool = False
-    """Read without a copy in the cache of `datasets`."""
-
-    @property
-    def where(self) -> str:
-        """For messages."""
-        return f"{self.path}, split {self.split!r}"
+_SIZES_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -158,7 +145,7 @@ def build(
         data_files,
         data_dir,
         images=None if images is None else str(images),
-        streaming=streaming and not _is_saved(path),
+        streaming=streaming and not is_saved(path),
     )
     splits = {"train": _rows(source, columns)}
     if validation_split is not None:
@@ -178,7 +165,7 @@ def build(
         vocabulary_of(tags, vocabulary),
         samples_per_shard=samples_per_shard,
         shard_megabytes=shard_megabytes,
-        image_bytes=reader.image_bytes,
+        image_bytes=None if source.streaming else reader.image_bytes,
         shrink=shrink,
         max_skipped_fraction=max_skipped_fraction,
         num_processes=num_processes,
@@ -215,11 +202,12 @@ class PictureReader:
         Raises:
             InputError: it lies in an archive.
         """
-        return _sizes(row.source, self.column)[row.number]
+        with _SIZES_LOCK:  # else each thread would look for itself, first
+            return _sizes(row.source, self.column)[row.number]
 
 
 def _rows(source: HfSplit, columns: HfColumns) -> list[HfRow]:
-    data = _open(source)
+    data = open_split(source)
     # Some formats have no list of columns but that of their first row.
     names = data.column_names or list(next(iter(data), {}))
     wanted = [columns.image, columns.tags, columns.important]
@@ -229,10 +217,10 @@ def _rows(source: HfSplit, columns: HfColumns) -> list[HfRow]:
             f"{source.where}: there is no column {missing[0]!r}; the columns are"
             f" {', '.join(map(repr, names))}"
         )
-    texts = _select(source, data, [name for name in wanted[1:] if name is not None])
+    texts = select(source, data, [name for name in wanted[1:] if name is not None])
     labels = Labels()
     rows = []
-    with progress_bar(_num_rows(source, data), f"reading tags of {source.split}") as bar:
+    with progress_bar(num_rows(source, data), f"reading tags of {source.split}") as bar:
         for place, cells in all_rows(texts, source.where, source.streaming):
             tags, flags = _annotation(cells, columns, f"{source.where}, row {len(rows)}", labels)
             key = f"{source.split}-{len(rows):08d}"
@@ -269,23 +257,12 @@ class _Pictures(NamedTuple):
 @lru_cache(maxsize=2)
 def _pictures(source: HfSplit, column: str) -> _Pictures:
     """Opened once in each process."""
-    from datasets import Image, config
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    data = _select(source, _open(source), [column])
-    folders = [Path(folder).resolve() for folder in _own_folders(source)]
-    if data.features is not None and isinstance(data.features[column], Image):
-        data = data.cast_column(column, Image(decode=False))
-        # Such a path may be one that `datasets` made, of a file that it has downloaded.
-        caches = (
-            HF_HUB_CACHE,
-            config.HF_DATASETS_CACHE,
-            config.DOWNLOADED_DATASETS_PATH,
-            config.EXTRACTED_DATASETS_PATH,
-        )
-        folders += [Path(cache).resolve() for cache in caches]
+    data, is_image = encoded(select(source, open_split(source), [column]), column)
+    folders = own_folders(source)
+    if is_image:  # such a path may be one that `datasets` made, of a file that it has downloaded
+        folders += cache_folders()
     cells = Cells(data, column, source.where, source.streaming)
-    return _Pictures(cells, folders, _own_urls(source))
+    return _Pictures(cells, [Path(folder).resolve() for folder in folders], own_urls(source))
 
 
 @lru_cache(maxsize=2)
@@ -298,79 +275,3 @@ def _sizes(source: HfSplit, column: str) -> list[int]:
             raise sizes_unknown(f"picture {name}")
         sizes.append(size if name is None else picture_bytes(name, pictures.folders))
     return sizes
-
-
-def _own_folders(source: HfSplit) -> list[str | Path]:
-    """Where the user says that the data set lies on this machine."""
-    folders: list[str | Path] = [] if source.images is None else [source.images]
-    if Path(source.path).is_dir():
-        return [*folders, source.path]
-    if "/" in source.path:  # on the hub: its files are no files of this machine
-        return folders
-    if source.data_dir is not None and not is_url(source.data_dir):
-        folders.append(source.data_dir)
-    if source.data_files is not None and not is_url(source.data_files):
-        parts = takewhile(lambda part: not set(part) & set("*?["), Path(source.data_files).parts)
-        folder = Path(*parts)
-        folders.append(folder.parent if folder == Path(source.data_files) else folder)
-    return folders
-
-
-def _own_urls(source: HfSplit) -> tuple[str, ...]:
-    """Where it lies elsewhere."""
-    named = [name for name in (source.data_dir, source.data_files) if name and is_url(name)]
-    folders = [f"{re.split('[*?]', name)[0].rpartition('/')[0]}/" for name in named]
-    return (f"hf://datasets/{source.path}@", f"hf://datasets/{source.path}/", *folders)
-
-
-def _num_rows(source: HfSplit, data: Any) -> int | None:
-    """For the progress bar; of a streamed split it is often unknown."""
-    if not source.streaming:
-        return len(data)
-    known = (data.info.splits or {}).get(source.split)
-    return known.num_examples if known is not None else None
-
-
-def _select(source: HfSplit, data: Any, columns: list[str]) -> Any:
-    """Some columns of a split."""
-    if source.streaming and data.info.builder_name == "parquet":
-        # Selecting alone would fetch the others, too, and drop them.
-        data = _open(source, columns=columns)
-    return data.select_columns(columns)
-
-
-def _is_saved(path: str) -> bool:
-    """Whether this is a folder of `save_to_disk`."""
-    return any((Path(path) / name).exists() for name in ("dataset_dict.json", "dataset_info.json"))
-
-
-def _open(source: HfSplit, **options: Any) -> Any:
-    """A split of the data set, mapped from disk or streamed.
-
-    Args:
-        source: which.
-        options: of its builder.
-
-    Raises:
-        InputError: it cannot be loaded.
-    """
-    import datasets  # takes a second; only this source needs it
-
-    try:
-        if (Path(source.path) / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(Path(source.path) / source.split))
-        if _is_saved(source.path):
-            return datasets.load_from_disk(source.path)
-        return datasets.load_dataset(
-            source.path,
-            source.config,
-            data_files=source.data_files,
-            data_dir=source.data_dir,
-            split=source.split,
-            streaming=source.streaming,
-            **options,
-        )
-    except Exception as error:  # whatever the hub, a builder or the file system stumbled over
-        raise InputError(
-            f"data set {source.where}: cannot be loaded: {type(error).__name__}: {error}"
-        ) from error

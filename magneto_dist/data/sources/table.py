@@ -11,12 +11,12 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from magneto_dist.data.build_space import sizes_unknown
 from magneto_dist.data.network import fetch, is_url
 from magneto_dist.data.sample import BadSample, Sample
 from magneto_dist.data.shrink import NO_SHRINK, Shrink
@@ -30,7 +30,7 @@ from magneto_dist.data.sources.columns import (
     vocabulary_of,
 )
 from magneto_dist.data.sources.picture_files import picture_bytes, read_picture
-from magneto_dist.data.writer import WriteReport, sizes_unknown, write_dataset
+from magneto_dist.data.writer import WriteReport, write_dataset
 from magneto_dist.errors import InputError
 
 Cells = dict[str, Any]
@@ -38,7 +38,6 @@ _MAX_CELL_BYTES = 2**24
 _MAX_PICTURE_BYTES = 2**28
 _FETCH_ATTEMPTS = 3  # dead links are common, and each would hold up the others
 _FETCH_THREADS = 16
-_STAT_THREADS, _STAT_ROWS = 16, 1000  # rows that a thread takes at once
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,6 @@ def build(
         max_skipped_fraction=max_skipped_fraction,
         load_threads=_FETCH_THREADS if any(is_url(row.path) for row in rows) else 1,
         num_processes=num_processes,
-        estimated_bytes=_total_bytes(rows, reader) if shrink.shorter_side is None else None,
         source={"builder": "table", "table": table.name},
     )
 
@@ -145,13 +143,6 @@ class PictureReader:
 
     root: Path
     """Folder that every picture lies in; absolute, without links."""
-
-    def num_bytes(self, row: TableRow) -> int:
-        """Size of the picture's file, which is not behind a URL; 0: there is none."""
-        try:
-            return (self.root / row.path).stat().st_size
-        except (OSError, ValueError):  # ValueError: a zero byte in the name
-            return 0
 
     def __call__(self, row: TableRow) -> Sample:
         """Reads the picture of a row, or fetches it.
@@ -177,18 +168,6 @@ class PictureReader:
         if is_url(row.path):
             raise sizes_unknown(f"picture {row.path}")
         return picture_bytes(row.path, [self.root])
-
-
-def _total_bytes(rows: Sequence[TableRow], reader: PictureReader) -> int | None:
-    """Size of all pictures together; None where some are behind URLs, whose sizes nobody knows.
-
-    What cannot be read counts as nothing: `reader` says so when its turn comes.
-    """
-    if any(is_url(row.path) for row in rows):
-        return None
-    parts = [rows[i : i + _STAT_ROWS] for i in range(0, len(rows), _STAT_ROWS)]
-    with ThreadPoolExecutor(_STAT_THREADS) as threads:  # that wait, where the files are far away
-        return sum(threads.map(lambda part: sum(map(reader.num_bytes, part)), parts))
 
 
 def _split_of(path: str, validation_fraction: float) -> str:
