@@ -19,6 +19,7 @@ from magneto_dist.training.checkpoint import (
     DEEPSPEED,
     best_or_newest,
     find_damage,
+    finish_renames,
     load_state,
     newest_complete,
     read_progress,
@@ -37,6 +38,7 @@ def checkpoint_to_resume(config: Config, dataset: Dataset) -> Path | None:
         InputError: it is damaged, belongs to a run with other settings or data, or would be lost.
     """
     run_dir = Path(config.output_dir)
+    finish_renames(run_dir)
     if config.resume == "never":
         if newest_complete(run_dir):
             raise InputError(

@@ -192,9 +192,9 @@ class Session:
         return self._accelerator.unwrap_model(model)  # type: ignore[return-value]
 
     def full_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The whole weights by name, on CPU; a collective in ZeRO-3."""
+        """The whole weights by name, where they are; a collective in ZeRO-3."""
         state: Any = self._accelerator.get_state_dict(model, unwrap=True)
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        return {name: tensor.detach() for name, tensor in state.items()}
 
     def scaler_state(self) -> dict[str, Any]:
         """State of the fp16 loss scaler; empty without one."""
