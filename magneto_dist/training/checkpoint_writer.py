@@ -120,10 +120,15 @@ class CheckpointWriter:
             print(error, file=sys.stderr, flush=True)  # beside the one that ends the run
 
     @property
+    def is_writing(self) -> bool:
+        """Whether the thread of this process is at work."""
+        return self._under_way is not None and not self._under_way.done()
+
+    @property
     def failed(self) -> bool:
-        """Whether the save under way, of this process, has failed already."""
-        done = self._under_way is not None and self._under_way.done()
-        return done and self._under_way.exception() is not None  # type: ignore[union-attr]
+        """Whether the thread of this process has met an error, which `wait` will raise."""
+        under_way = self._under_way
+        return under_way is not None and under_way.done() and under_way.exception() is not None
 
     def save(self, progress: Progress) -> None:
         """Begins to write the checkpoint of `progress.step`, and to drop those no longer kept.
