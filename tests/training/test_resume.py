@@ -117,7 +117,7 @@ def test_full_disk_is_one_clear_line_and_leaves_nothing_half_written(
     process = launch("train_ls.py", *endless, ranks=ranks, largest_file_bytes=100_000)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == (1 if ranks else 2), output  # 1 is torchrun's
-    assert output.count("error: ") == 1
+    assert output.count("\nerror: ") == 1
     assert "a checkpoint cannot be written" in output
     assert ranks or "Traceback" not in output
     assert steps_kept(tmp_path) == []
