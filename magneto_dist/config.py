@@ -320,6 +320,9 @@ class CheckpointConfig:
     """Global steps between checkpoints; one is always written at the end of every evaluation."""
     keep: int = 2
     """Newest checkpoints kept, besides the best by validation F1."""
+    asynchronous: bool = True
+    """Write while training goes on, one at a time; takes CPU memory of the main process for a copy
+    of weights and momentum. False: training stands still until a checkpoint is on disk."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "at least 1")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,9 +36,10 @@ from magneto_dist.training.checkpoint import (
     load_optimizer,
     load_weights,
     read_progress,
-    save_checkpoint,
     set_aside_later,
+    steps,
 )
+from magneto_dist.training.checkpoint_writer import CheckpointWriter
 from magneto_dist.training.loop import Job, train
 from magneto_dist.training.optim import Schedule, build_optimizer
 from magneto_dist.training.process import StopRequest, die_with_launcher
@@ -87,7 +88,7 @@ def _run_folder(session: Session, config: Config) -> Iterator[RunFolder | None]:
 
 
 def _newest_step(run_dir: Path) -> int:
-    folders = sorted((run_dir / "checkpoints").glob("step-*"))
+    folders = steps(run_dir)
     return int(folders[-1].name.removeprefix("step-")) if folders else 0
 
 
@@ -141,7 +142,10 @@ def _train_in_folder(
         schedule=schedule.state_dict(),
     )
     run_dir = Path(config.output_dir)
-    with Telemetry(run_dir, session, config, start, total_steps, loader) as log:
+    with (
+        Telemetry(run_dir, session, config, start, total_steps, loader) as log,
+        CheckpointWriter(session, config, wrapped, optimizer, log, _status_writer(run)) as writer,
+    ):
         job = Job(
             config=config,
             session=session,
@@ -153,7 +157,7 @@ def _train_in_folder(
             telemetry=log,
             stop=stop,
             evaluate=_Evaluation(config, session, dataset, plan, wrapped, log),
-            save=_Save(config, session, run, wrapped, optimizer, log),
+            checkpoints=writer,
         )
         end = train(job, start)
     if run is not None:
@@ -249,27 +253,9 @@ class _Evaluation:
         return metrics
 
 
-@dataclass(frozen=True)
-class _Save:
-    """Called by the loop: log and ledger first, so that a checkpoint never runs ahead of them."""
-
-    config: Config
-    session: Session
-    run: RunFolder | None
-    model: nn.Module
-    optimizer: Any
-    telemetry: Telemetry
-
-    def __call__(self, progress: Progress) -> None:
-        run_dir = Path(self.config.output_dir)
-        with self.telemetry.paused():
-            self.telemetry.flush()
-            self.session.barrier()
-            save_checkpoint(
-                self.session, run_dir, self.model, self.optimizer, progress, self.config
-            )
-            if self.run is not None:
-                self.run.write_status("running", progress.step)
+def _status_writer(run: RunFolder | None) -> Callable[[int], None]:
+    """Records how far the run is on disk, in the process that holds its folder."""
+    return lambda step: None if run is None else run.write_status("running", step)
 
 
 def _finish(run: RunFolder, end: Progress, session: Session, loader: Loader) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent.
 
-A checkpoint is written under a temporary name, synced, marked COMPLETE with the hash of every file
-in it, and renamed. Reading starts with the marker: a checkpoint with a missing or altered file is
+`checkpoint_writer.py` writes under a temporary name, syncs, marks COMPLETE with the hash of every
+file, and renames. Reading starts with the marker: a checkpoint with a missing or altered file is
 passed over, and said so.
 
     step-00001000/
@@ -16,27 +16,25 @@ passed over, and said so.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from magneto_dist.config import Config
-from magneto_dist.config_io import config_to_yaml
 from magneto_dist.errors import InputError
-from magneto_dist.files import require_space, sha256_of, sync_file, sync_folder, write_atomically
+from magneto_dist.files import sha256_of
 from magneto_dist.training.session import Session
 
-_MARKER = "COMPLETE"
-_REPLACED = ".replaced"
+MARKER = "COMPLETE"
 DEEPSPEED = "deepspeed"
+_STEP_FOLDER = re.compile(r"step-\d{8,}")
 
 
 @dataclass(frozen=True)
@@ -86,32 +84,26 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def save_checkpoint(
-    session: Session,
-    run_dir: Path,
-    model: nn.Module,
-    optimizer: Any,
-    progress: Progress,
-    config: Config,
-) -> None:
-    """Writes the checkpoint of `progress.step` and drops the ones no longer kept; all ranks call.
+def steps(run_dir: Path) -> list[Path]:
+    """Folders of checkpoints, complete or damaged, by step."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted(path for path in found if _STEP_FOLDER.fullmatch(path.name) and path.is_dir())
 
-    Raises:
-        InputError: the disk is too full, or fails; nothing is left half-written.
-    """
-    final = folder_of(run_dir, progress.step)
-    temporary = final.with_name(f".{final.name}.tmp")
-    state = session.full_state(model)  # a collective in ZeRO-3: before anything rank-dependent
-    session.from_main(_removing_what_failed(temporary, lambda: _start_folder(temporary, state)))
-    if session.is_deepspeed:
-        model.save_checkpoint(str(temporary), tag=DEEPSPEED)  # type: ignore[operator]
-    session.barrier()
-    session.from_main(
-        _removing_what_failed(
-            temporary,
-            lambda: _finish(temporary, final, session, state, optimizer, progress, config),
-        )
-    )
+
+def remove(folder: Path) -> None:
+    """Removes a folder, or the link that stands for one, where it is there."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def finish_renames(run_dir: Path) -> None:
+    """Puts a checkpoint in its place that a kill left complete under its temporary name."""
+    for temporary in sorted((run_dir / "checkpoints").glob(".step-*.tmp")):
+        final = temporary.with_name(temporary.name[1:].removesuffix(".tmp"))
+        if not final.exists() and find_damage(temporary) is None:
+            temporary.rename(final)
 
 
 def set_aside_later(run_dir: Path, step: int) -> None:
@@ -120,29 +112,20 @@ def set_aside_later(run_dir: Path, step: int) -> None:
     They are damaged, or belong to a future that the user has left by resuming before it; kept under
     their names they would be taken for this run's. What a kill left half-written is removed.
     """
-    for folder in sorted((run_dir / "checkpoints").glob("step-*")):
+    for folder in steps(run_dir):
         if folder.name > folder_of(run_dir, step).name:
             aside = folder.with_name(f"aside-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             folder.rename(aside)
             print(f"checkpoint {folder} is set aside as {aside.name}", file=sys.stderr, flush=True)
-    for half_written in (run_dir / "checkpoints").glob(".step-*.tmp"):
-        shutil.rmtree(half_written)
-
-
-def put_back_replaced(run_dir: Path) -> None:
-    """Undoes what a kill left of replacing a checkpoint by one of the same step."""
-    for replaced in (run_dir / "checkpoints").glob(f".step-*{_REPLACED}"):
-        final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(_REPLACED))
-        if final.exists():
-            shutil.rmtree(replaced)
-        else:
-            replaced.rename(final)
+    for pattern in (".step-*.tmp", ".step-*.old"):
+        for half_written in (run_dir / "checkpoints").glob(pattern):
+            remove(half_written)
 
 
 def newest_complete(run_dir: Path) -> Path | None:
     """The newest checkpoint whose files are all as they were written; None: there is none."""
-    for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
+    for folder in reversed(steps(run_dir)):
         damage = find_damage(folder)
         if damage is None:
             return folder
@@ -162,14 +145,14 @@ def best_or_newest(run_dir: Path) -> Path | None:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None: it is complete and unaltered."""
     try:
-        hashes = json.loads((folder / _MARKER).read_bytes())["sha256"]
+        hashes = json.loads((folder / MARKER).read_bytes())["sha256"]
         for name, expected in hashes.items():
             if sha256_of(folder / name) != expected:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError):
-        return f"{_MARKER} is damaged"
+        return f"{MARKER} is damaged"
     return None
 
 
@@ -240,70 +223,3 @@ def load_optimizer(session: Session, folder: Path, model: nn.Module, optimizer: 
         group.update(before)
     session.load_scaler_state(progress.scaler)
     return progress
-
-
-def _removing_what_failed(temporary: Path, write: Callable[[], None]) -> Callable[[], None]:
-    def attempt() -> None:
-        try:
-            write()
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            reason = str(error).partition("\n")[0]
-            raise InputError(
-                f"{temporary.parent}: a checkpoint cannot be written ({reason}); make room there,"
-                " then start the same command again: the run goes on from the one before"
-            ) from None
-
-    return attempt
-
-
-def _start_folder(temporary: Path, state: dict[str, Tensor]) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    num_bytes = sum(tensor.nbytes for tensor in state.values())
-    require_space(temporary, 2 * num_bytes + 10_000_000, "a checkpoint (weights and momentum)")
-
-
-def _finish(
-    temporary: Path,
-    final: Path,
-    session: Session,
-    state: dict[str, Tensor],
-    optimizer: Any,
-    progress: Progress,
-    config: Config,
-) -> None:
-    save_file(state, temporary / "model.safetensors")
-    if not session.is_deepspeed:
-        try:
-            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        except RuntimeError as error:  # what torch makes of an OSError
-            raise OSError(str(error)) from None
-    progress = replace(progress, scaler=session.scaler_state())
-    (temporary / "progress.json").write_text(json.dumps(asdict(progress), indent=2))
-    (temporary / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(temporary)): sha256_of(path) for path in files}
-    for path in files:
-        sync_file(path)
-    write_atomically(temporary / _MARKER, json.dumps({"sha256": hashes}, indent=2).encode())
-    _replace(final, temporary)
-    sync_folder(final.parent)
-    _drop_old(final.parent, config.checkpoint.keep, progress.best_step)
-
-
-def _replace(final: Path, temporary: Path) -> None:
-    """Renames; one of that step (evaluation not done, or damaged) is whole until it is replaced."""
-    replaced = final.with_name(f".{final.name}{_REPLACED}")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)  # killed here, `put_back_replaced` undoes it
-    temporary.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _drop_old(checkpoints: Path, keep: int, best_step: int) -> None:
-    folders = sorted(checkpoints.glob("step-*"))
-    for folder in folders[:-keep]:
-        if folder.name != folder_of(Path(), best_step).name:
-            shutil.rmtree(folder)

@@ -2,7 +2,7 @@
 
 1. Fetch the micro-batches of a step; reduce their counts once, so that every loss is global.
 2. Forward and backward of each; the optimizer steps.
-3. Where due: evaluate, let the schedule observe the loss, save.
+3. Where due: evaluate, let the schedule observe the loss, save (written while training goes on).
 4. If somebody on any rank asked to stop, every rank saves at the same step.
 5. A loss that is not finite stops the run where it is logged, and before anything is saved.
 """
@@ -27,6 +27,7 @@ from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.metrics import metric_sums
 from magneto_dist.model.norm import commit_batch_norm_statistics, reset_batch_norm_statistics
 from magneto_dist.training.checkpoint import Progress
+from magneto_dist.training.checkpoint_writer import CheckpointWriter
 from magneto_dist.training.divergence import require_finite_state
 from magneto_dist.training.optim import Schedule
 from magneto_dist.training.process import StopRequest
@@ -36,7 +37,7 @@ from magneto_dist.training.telemetry import Telemetry
 
 @dataclass(frozen=True)
 class Job:
-    """What the loop works with; `evaluate` and `save` are collectives."""
+    """What the loop works with; `evaluate` and `checkpoints` have collectives."""
 
     config: Config
     session: Session
@@ -49,8 +50,7 @@ class Job:
     stop: StopRequest
     evaluate: Callable[[int], dict]
     """Validation metrics at a step, the same on all ranks."""
-    save: Callable[[Progress], None]
-    """Writes a checkpoint; log and ledger are on disk before it is marked complete."""
+    checkpoints: CheckpointWriter
 
     @property
     def total_steps(self) -> int:
@@ -91,7 +91,8 @@ def train(job: Job, progress: Progress) -> Progress:
 
     Raises:
         PreemptedError: stopped by a signal after saving.
-        InputError: the loss is not finite any more, or too many samples are bad.
+        InputError: the loss is not finite any more, too many samples are bad, or a checkpoint
+            could not be written.
     """
     _settle_gradient_buckets(job)
     if _evaluation_is_due(job, progress.step) and not progress.evaluated:
@@ -101,7 +102,9 @@ def train(job: Job, progress: Progress) -> Progress:
     for step in range(progress.step + 1, job.total_steps + 1):
         with job.telemetry.waiting_for_data():
             micro_batches = list(itertools.islice(batches, job.plan.micro_steps))
-        counts, stop = _reduce_counts(job, micro_batches)
+        counts, stop, save_failed = _reduce_counts(job, micro_batches)
+        if save_failed:
+            job.checkpoints.wait()  # raises, on every rank
         lr = job.schedule.apply(job.optimizer, step)
         result = train_step(job, micro_batches, counts, log=job.telemetry.logs(step))
         progress = replace(
@@ -121,10 +124,12 @@ def train(job: Job, progress: Progress) -> Progress:
             # Asked to stop, a scheduler may give us less time than an evaluation takes.
             progress = progress if stop else _evaluate_and_save(job, progress)
         elif saves_now and not stop:
-            job.save(progress)
+            job.checkpoints.save(progress)
         if stop:
-            job.save(progress)
+            job.checkpoints.save(progress)
+            job.checkpoints.wait()
             raise PreemptedError(f"stopped by a signal after step {step}; everything is saved")
+    job.checkpoints.wait()
     return progress
 
 
@@ -174,17 +179,20 @@ def settle_batch_norms(session: Session, model: nn.Module, *, skipped: bool) -> 
         commit_batch_norm_statistics(session.unwrap(model), session.reduce_sum)
 
 
-def _reduce_counts(job: Job, micro_batches: Sequence[Batch]) -> tuple[Counts, bool]:
-    """Counts of the global batch, and whether any rank was asked to stop: one collective."""
+def _reduce_counts(job: Job, micro_batches: Sequence[Batch]) -> tuple[Counts, bool, bool]:
+    """Counts of the global batch, and whether any rank was asked to stop or a save has failed.
+
+    One collective for all of them.
+    """
     items_and_tags = torch.stack([count_for_loss(batch) for batch in micro_batches]).sum(0)
     tags_cut = sum(int(batch.tags_cut.sum()) for batch in micro_batches)
     targets_cut = sum(int(batch.targets_cut.sum()) for batch in micro_batches)
-    asked = job.stop.signal is not None
-    local = torch.cat([items_and_tags, items_and_tags.new_tensor([tags_cut, targets_cut, asked])])
+    flags = [job.stop.signal is not None, job.checkpoints.failed]
+    local = torch.cat([items_and_tags, items_and_tags.new_tensor([tags_cut, targets_cut, *flags])])
     if job.session.world.num_ranks > 1:
         local = job.session.reduce_sum(local)
-    *counts, stop = local.tolist()  # with ranks on GPUs, a device synchronisation
-    return Counts(*counts), stop > 0
+    *counts, stop, save_failed = local.tolist()  # with ranks on GPUs, a device synchronisation
+    return Counts(*counts), stop > 0, save_failed > 0
 
 
 def _evaluation_is_due(job: Job, step: int) -> bool:
@@ -203,7 +211,7 @@ def _evaluate_and_save(job: Job, progress: Progress) -> Progress:
     progress = replace(
         progress, evaluated=True, validation=metrics, schedule=job.schedule.state_dict()
     )
-    job.save(progress)
+    job.checkpoints.save(progress)
     return progress
 
 

@@ -19,9 +19,9 @@ from magneto_dist.training.checkpoint import (
     DEEPSPEED,
     best_or_newest,
     find_damage,
+    finish_renames,
     load_state,
     newest_complete,
-    put_back_replaced,
     read_progress,
 )
 from magneto_dist.vocabulary import Vocabulary
@@ -38,7 +38,7 @@ def checkpoint_to_resume(config: Config, dataset: Dataset) -> Path | None:
         InputError: it is damaged, belongs to a run with other settings or data, or would be lost.
     """
     run_dir = Path(config.output_dir)
-    put_back_replaced(run_dir)
+    finish_renames(run_dir)
     if config.resume == "never":
         if newest_complete(run_dir):
             raise InputError(

@@ -196,9 +196,12 @@ class Session:
         return self._accelerator.unwrap_model(model)  # type: ignore[return-value]
 
     def full_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The whole weights by name, on CPU; a collective in ZeRO-3, empty there but on main."""
+        """The whole weights by name, where they are.
+
+        In ZeRO-3 a collective, and empty but on the main process.
+        """
         state: Any = self._accelerator.get_state_dict(model, unwrap=True) or {}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        return {name: tensor.detach() for name, tensor in state.items()}
 
     def held_state(self, model: nn.Module) -> list[Tensor]:
         """Weights and buffers, as far as this process holds them: in ZeRO-3 its part of each."""

@@ -74,7 +74,7 @@ class Telemetry:
         self._metrics = self._board = self._bar = None
         if session.is_main:
             self._open_main(run_dir, start)
-        self._wait_s = 0.0
+        self._wait_s = self._stall_s = 0.0
         self._mark_s = time.perf_counter()
         self._window = (start.trained_items, start.train_s, start.data_wait_s)
 
@@ -110,6 +110,14 @@ class Telemetry:
         started_at_s = time.perf_counter()
         yield
         self._mark_s += time.perf_counter() - started_at_s
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Time inside is what a checkpoint costs: training stands still."""
+        started_at_s = time.perf_counter()
+        with self.paused():
+            yield
+        self._stall_s += time.perf_counter() - started_at_s
 
     def logs(self, step: int) -> bool:
         """Whether the metrics of this step are logged."""
@@ -214,12 +222,14 @@ class Telemetry:
             "skipped_steps": progress.skipped_steps,
             "images_per_second": (progress.trained_items - items) / window_s,
             "data_wait_fraction": (progress.data_wait_s - wait_s) / window_s,
+            "checkpoint_stall_s": self._stall_s,  # since the line before
             **flatten(summarise(sums)),
         }
         if result.gradient_norm is not None and result.gradient_norm.isfinite():
             # fp16 overflows now and then; such a step is skipped, and its norm is no number
             values["gradient_norm"] = float(result.gradient_norm)
         self._window = (progress.trained_items, progress.train_s, progress.data_wait_s)
+        self._stall_s = 0.0
         self._write(progress.step, "train", values)
         self._show(values)
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import pytest
 
-from magneto_dist.training.checkpoint import find_damage, put_back_replaced
+from magneto_dist.training.checkpoint import find_damage, finish_renames
 from processes import TINY, losses, status, summary
 from warm import Forked, Warm
 
@@ -58,7 +58,7 @@ class Found:
 
     @classmethod
     def at(cls, run_dir: Path) -> Found:
-        put_back_replaced(run_dir)  # the first thing that the next launch does
+        finish_renames(run_dir)  # the first thing that the next launch does
         folders = sorted((run_dir / "checkpoints").glob("step-*"))
         assert not folders or find_damage(folders[-1]) is None, folders[-1]
         saved = int(folders[-1].name.removeprefix("step-")) if folders else 0

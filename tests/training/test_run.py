@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,11 @@ def test_run_folder(undisturbed: Path) -> None:
                 assert 0 <= result["validation"][head][protocol][metric] <= 1
     assert status(undisturbed) == {"state": "done", "step": STEPS, "reason": ""}
     assert (undisturbed / "config.yaml").is_file()
+    lines = map(json.loads, (undisturbed / "metrics.jsonl").read_text().splitlines())
+    stalls = {
+        line["step"]: line["checkpoint_stall_s"] for line in lines if line["split"] == "train"
+    }
+    assert {step for step, stall_s in stalls.items() if stall_s > 0} == {5, 7, 9, 13}
 
 
 def test_ledger_holds_every_sample_of_an_epoch_once(undisturbed: Path) -> None:
@@ -82,6 +88,20 @@ def test_killed_run_goes_on_where_it_was(
     process.kill()
     process.communicate()
     run("train_ls.py", *options(demo_shards, tmp_path))
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_run_killed_while_it_writes_a_checkpoint_goes_on_from_a_whole_one(
+    demo_shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    process = launch("train_ls.py", *options(demo_shards, tmp_path))
+    half_written = tmp_path / "checkpoints/.step-00000008.tmp"
+    while not half_written.exists() and process.poll() is None:
+        time.sleep(0.0005)
+    process.kill()
+    process.communicate()
+    run("train_ls.py", *options(demo_shards, tmp_path))
+    assert not half_written.exists()
     assert_same_run(tmp_path, undisturbed)
 
 
