@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ _UNSET = ("none", "auto")
 
 
 def check_launch(config: TrainConfig, clip_norm: float | None, has_gpu: bool) -> None:
-    """Warns of processes that accelerate did not start, and refuses what contradicts us.
+    """Refuses processes that accelerate was asked for and did not start, and what contradicts us.
 
     Args:
         config: ours.
@@ -27,8 +26,9 @@ def check_launch(config: TrainConfig, clip_norm: float | None, has_gpu: bool) ->
         has_gpu: whether this machine has one.
 
     Raises:
-        InputError: a flag of the process launcher, or of a DeepSpeed file that it names, says
-            something else than our configuration, or does not fit this machine.
+        InputError: there are fewer processes than accelerate was asked for; or a flag of the
+            process launcher, or of a DeepSpeed file that it names, says something else than our
+            configuration, or does not fit this machine.
     """
     _check_precision(config, has_gpu)
     _check_accumulation(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"), "accelerate")
@@ -50,10 +50,9 @@ def check_launch(config: TrainConfig, clip_norm: float | None, has_gpu: bool) ->
         _check_clipping(os.environ.get("ACCELERATE_GRADIENT_CLIPPING"), clip_norm, "accelerate")
         _check_deepspeed_file(config, clip_norm)
     if _is_alone_against_order():
-        print(
-            "warning: `accelerate launch` starts one process on CPU, however many it is asked for;"
-            " use `torchrun --nproc_per_node N`",
-            file=sys.stderr,
+        raise _refusal(
+            "`accelerate launch` starts one process on CPU, however many it is asked for: use"
+            " `torchrun --nproc_per_node N` instead, or --num_processes 1"
         )
 
 

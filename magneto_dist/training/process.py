@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 ORPHAN_GRACE_S = 60
@@ -45,5 +46,11 @@ def die_with_launcher() -> None:
     if not (launched and sys.platform == "linux"):
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1 and "LOCAL_RANK" in os.environ:  # it died before we asked
-        sys.exit("the process launcher is gone")
+    if os.getppid() == 1 and "LOCAL_RANK" in os.environ and not _launcher_is_process_1():
+        sys.exit("the process launcher is gone")  # it died before we asked
+
+
+def _launcher_is_process_1() -> bool:
+    """In a container whose command is torchrun it is process 1, which else adopts orphans."""
+    command = Path("/proc/1/cmdline").read_bytes()
+    return any(name in command for name in (b"torchrun", b"torch.distributed", b"accelerate"))

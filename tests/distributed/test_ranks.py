@@ -127,10 +127,13 @@ def test_what_is_wrong_is_said_once(demo_shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked_for", [1, 2])
-def test_accelerate_on_cpu_that_starts_fewer_processes_than_asked_for_is_no_secret(
+def test_accelerate_on_cpu_that_starts_fewer_processes_than_asked_for_is_refused(
     demo_shards: Path, tmp_path: Path, asked_for: int
 ) -> None:
     through = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
     through += [f"--num_processes={asked_for}"]
-    output = run("train_ls.py", *options(demo_shards, tmp_path, "--max_steps=1"), through=through)
-    assert ("warning: `accelerate launch` starts one process" in output) == (asked_for > 1)
+    command = ("train_ls.py", *options(demo_shards, tmp_path, "--max_steps=1"))
+    output, _ = (process := launch(*command, through=through)).communicate(timeout=170)
+    assert (process.returncode == 0) == (asked_for == 1), output
+    assert ("error: `accelerate launch` starts one process on CPU" in output) == (asked_for > 1)
+    assert ("torchrun --nproc_per_node" in output) == (asked_for > 1)
