@@ -16,6 +16,7 @@ from magneto_dist.errors import InputError
 ModelKind = Literal["magneto", "tf-it", "tf-t", "ff"]
 Decoder = Literal["auto", "cpu", "dali_cpu", "dali_gpu"]
 Precision = Literal["no", "fp16", "bf16"]
+CommHook = Literal["none", "fp16", "bf16", "power_sgd"]
 
 _STAGE = re.compile(r"\w+(\.\w+)*:\w+")
 
@@ -295,6 +296,21 @@ class TrainConfig:
     """important: supervised; relevance: unsupervised pre-training (section 5.2)."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    tf32: bool = False
+    """Float32 matrix products and convolutions of GPUs from Ampere on in TF32: inputs rounded to 10
+    bits of mantissa, several times as fast. Nothing changes on CPU and under fp16 or bf16."""
+    activation_checkpointing: bool = False
+    """Run the trained stages of the backbone a second time in the backward pass instead of keeping
+    their activations: less memory, more time, the same gradients."""
+    ddp_comm_hook: CommHook = "none"
+    """DDP: how gradients travel between ranks; fp16, bf16: rounded to half the bytes (float32
+    gradients); power_sgd: as products of thin matrices, with what is lost added to the next step's
+    gradients. Results then depend on the number of ranks. Checkpoints do not hold PowerSGD's state:
+    a resumed run goes on, but not bit for bit."""
+    power_sgd_rank: int = 1
+    """power_sgd: columns of the thin matrices; more keep more and send more."""
+    power_sgd_start_step: int = 1000
+    """power_sgd: steps after a start of the processes in which gradients still travel whole."""
     channels_last: bool = True
     """Memory format of the convolutions."""
     threshold: float = 0.5
@@ -308,6 +324,19 @@ class TrainConfig:
             "train.param_dtype",
             self.param_dtype,
             "float32 with mixed precision",
+        )
+        _require(self.power_sgd_rank >= 1, "train.power_sgd_rank", self.power_sgd_rank, ">= 1")
+        _require(
+            self.power_sgd_start_step >= 2,
+            "train.power_sgd_start_step",
+            self.power_sgd_start_step,
+            "at least 2",
+        )
+        _require(
+            not (self.activation_checkpointing and self.compile),
+            "train.activation_checkpointing",
+            self.activation_checkpointing,
+            "false with --train.compile true, which chooses by itself what to keep",
         )
         _fraction("train.threshold", self.threshold)
 
@@ -376,6 +405,14 @@ class Config:
             "max_steps",
             self.max_steps,
             "None or at least 1",
+        )
+        _require(
+            not self.train.activation_checkpointing
+            or self.model.backbone_batch_norm in ("ghost", "frozen"),
+            "train.activation_checkpointing",
+            self.train.activation_checkpointing,
+            f"false with --model.backbone_batch_norm {self.model.backbone_batch_norm}, whose"
+            " statistics would move twice a step; take ghost or frozen",
         )
 
 

@@ -28,6 +28,7 @@ from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources.demo import ensure_demo
 from magneto_dist.errors import InputError, PreemptedError
 from magneto_dist.evaluation import collecting_rejects, evaluate_model
+from magneto_dist.model.backbone import recompute_activations
 from magneto_dist.model.embedding import load_tag_embedding
 from magneto_dist.model.magneto import build_model
 from magneto_dist.report import examples_figure, final_table
@@ -131,6 +132,7 @@ def _train_in_folder(
     wrapped, optimizer = session.prepare(model, build_optimizer(model, config.optim), plan)
     if checkpoint:
         load_optimizer(session, checkpoint, wrapped, optimizer)
+        session.warn_of_lost_state()
         schedule.load_state_dict(start.schedule)
     start = replace(
         start,
@@ -215,6 +217,8 @@ def _build(config: Config, dataset: Dataset, has_weights: bool) -> nn.Module:
         model = model.to(memory_format=torch.channels_last)
     if config.train.param_dtype == "float64":
         model = model.double()
+    if config.train.activation_checkpointing:
+        recompute_activations(model)
     if config.train.compile:
         model.compile()
     return model

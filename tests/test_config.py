@@ -107,6 +107,13 @@ def test_wrong_file_is_an_input_error(tmp_path: Path, content: str) -> None:
         lambda: TrainConfig(param_dtype="float64", precision="bf16"),
         lambda: OptimConfig(lr=0),
         lambda: ModelConfig(dropout=1.0),
+        lambda: TrainConfig(activation_checkpointing=True, compile=True),
+        lambda: TrainConfig(power_sgd_rank=0),
+        lambda: TrainConfig(power_sgd_start_step=1),
+        lambda: Config(
+            train=TrainConfig(activation_checkpointing=True),
+            model=ModelConfig(backbone_batch_norm="local"),
+        ),
         lambda: Config(seed=-1),
     ],
 )

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -18,12 +19,13 @@ from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
 from magneto_dist.config import ModelConfig
 from magneto_dist.errors import InputError
 from magneto_dist.model.folding import FoldedStages
-from magneto_dist.model.norm import GhostBatchNorm2d, replace_batch_norms
+from magneto_dist.model.norm import GhostBatchNorm2d, replace_batch_norms, row_validity_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -70,6 +72,16 @@ def build_backbone(config: ModelConfig) -> Backbone:
     )
 
 
+def recompute_activations(model: nn.Module) -> None:
+    """Activation checkpointing for the trained stages of the backbone of `model`, if it has one.
+
+    Its batch norms must be ghost or frozen ones: others would move their statistics twice.
+    """
+    for module in model.modules():
+        if isinstance(module, Backbone):
+            module.recomputes = True
+
+
 class Backbone(nn.Module):
     """Stages of a convolutional network without pooling and head.
 
@@ -90,6 +102,8 @@ class Backbone(nn.Module):
 
     scale: Tensor
     shift: Tensor
+    recomputes: bool
+    """Whether trained stages run again in the backward pass (activation checkpointing)."""
 
     def __init__(
         self,
@@ -106,6 +120,7 @@ class Backbone(nn.Module):
         self.num_frozen_stages = num_frozen_stages
         self.batch_norms_frozen = batch_norms_frozen
         self.frozen_norms_drift = frozen_norms_drift
+        self.recomputes = False
         mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
@@ -126,8 +141,21 @@ class Backbone(nn.Module):
         else:
             x = self._folded(frozen, x)
         for stage in trained:
-            x = stage(x)
+            x = self._recomputed(stage, x) if self.recomputes else stage(x)
         return x
+
+    def _recomputed(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """`stage(x)` without keeping its activations; batch norms count its rows once."""
+        if not torch.is_grad_enabled():
+            return stage(x)
+        rows = row_validity_of(stage)
+        valid = rows.valid  # the owner takes it back before the backward pass
+        return checkpoint(  # type: ignore[return-value]
+            stage,
+            x,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), rows.repeating(valid)),
+        )
 
     def train(self, mode: bool = True) -> Backbone:
         """Training mode for what is trained; what is frozen stays in evaluation mode."""

@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,6 +24,18 @@ class RowValidity:
     """
 
     valid: Bool[Tensor, " batch"] | None = None
+    are_counted: bool = True
+    """Whether forward passes add to the statistics."""
+
+    @contextlib.contextmanager
+    def repeating(self, valid: Bool[Tensor, " batch"] | None) -> Iterator[None]:
+        """While a forward pass runs again for its gradients: the same rows, counted already."""
+        before = self.valid, self.are_counted
+        self.valid, self.are_counted = valid, False
+        try:
+            yield
+        finally:
+            self.valid, self.are_counted = before
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -130,6 +143,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         mean: Float[Tensor, "group channel"],
         variance: Float[Tensor, "group channel"],
     ) -> None:
+        if not self.rows.are_counted:
+            return
         # A group of a single value has no variance to tell of.
         usable = count > 1
         unbiased = variance * count / (count - 1).clamp(min=1)
@@ -213,6 +228,11 @@ def replace_batch_norms(
     for name, child in module.named_children():
         setattr(module, name, replace_batch_norms(child, make))
     return module
+
+
+def row_validity_of(module: nn.Module) -> RowValidity:
+    """What the ghost batch norms of `module` share; one that nobody asks where there are none."""
+    return next((norm.rows for norm in _ghost_norms(module)), RowValidity())
 
 
 def _ghost_norms(model: nn.Module) -> list[GhostBatchNorm2d]:

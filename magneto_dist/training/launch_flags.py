@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,20 @@ def check_launch(config: TrainConfig, clip_norm: float | None, has_gpu: bool) ->
     """
     _check_precision(config, has_gpu)
     _check_accumulation(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"), "accelerate")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
-        raise _refusal("FSDP is not supported; use DDP or DeepSpeed (configs/accelerate/)")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        ignored = "" if has_gpu else "; without a GPU accelerate would ignore it without a word"
+        raise _refusal(
+            f"accelerate was configured for FSDP, which is not supported{ignored}: use DDP or"
+            " DeepSpeed ZeRO-3 (configs/accelerate/)"
+        )
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":
         raise _refusal(
             f"accelerate was launched with dynamo backend {compiler.lower()}: leave it at no, and"
             " use --train.compile true"
         )
+    if clip_norm is not None:
+        _check_comm_hook(config.ddp_comm_hook)
     if uses_deepspeed():
         _check_clipping(os.environ.get("ACCELERATE_GRADIENT_CLIPPING"), clip_norm, "accelerate")
         _check_deepspeed_file(config, clip_norm)
@@ -71,6 +78,22 @@ def _check_accumulation(given: object, who: str) -> None:
         raise _refusal(
             f"{who} says {given} gradient accumulation steps; ours follow from"
             " --train.global_batch_size and --train.max_micro_batch_size: leave them at 1"
+        )
+
+
+def _check_comm_hook(hook: str) -> None:
+    if hook == "none":
+        return
+    if uses_deepspeed():
+        raise _refusal(
+            f"--train.ddp_comm_hook {hook} is for DDP, and DeepSpeed moves gradients its own way:"
+            " set it to none"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        print(
+            f"warning: --train.ddp_comm_hook {hook} does nothing: there is one process, and no"
+            " gradient travels",
+            file=sys.stderr,
         )
 
 

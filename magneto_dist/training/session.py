@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DDPCommunicationHookType, DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
 from magneto_dist.config import TrainConfig
@@ -63,9 +64,14 @@ class Session:
             # torchrun's and accelerate's default, too. Alone, torch would take all cores, and
             # another number of threads is another order of summation: other float32 bits.
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))
+        # By the older names: torch.compile asks for these, and fails where only the new are set.
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+        torch.backends.cudnn.allow_tf32 = config.tf32
         handlers: list[Any] = [
             # Buffers are equal on all ranks by construction (ghost batch norm commits them).
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False, gradient_as_bucket_view=True, **_comm_hook(config)
+            )
         ]
         if "WORLD_SIZE" in os.environ:  # alone, accelerate would ask a group that is not there
             backend = "nccl" if has_gpu else "gloo"
@@ -86,6 +92,7 @@ class Session:
         )
         self._gradient_scale = float(self.world.num_ranks)
         self._clip_norm = clip_norm or 0.0
+        self._comm_hook = config.ddp_comm_hook
 
     @property
     def device(self) -> torch.device:
@@ -217,6 +224,15 @@ class Session:
         if self._accelerator.scaler is not None and state:
             self._accelerator.scaler.load_state_dict(state)
 
+    def warn_of_lost_state(self) -> None:
+        """Says what a run that goes on from a checkpoint does not find there."""
+        if self.is_main and self.world.num_ranks > 1 and self._comm_hook == "power_sgd":
+            print(
+                "warning: checkpoints do not hold what PowerSGD has left over; this run goes on"
+                " from weights and momentum, but not bit for bit as it would have without the stop",
+                file=sys.stderr,
+            )
+
     def close(self) -> None:
         """Leaves the process group, once nobody else holds the model.
 
@@ -225,3 +241,16 @@ class Session:
         """
         self._accelerator.free_memory()
         self._accelerator.end_training()
+
+
+def _comm_hook(config: TrainConfig) -> dict[str, Any]:
+    """How accelerate is told of `train.ddp_comm_hook`."""
+    if config.ddp_comm_hook == "none":
+        return {}
+    settings: dict[str, Any] = {"comm_hook": DDPCommunicationHookType(config.ddp_comm_hook)}
+    if config.ddp_comm_hook == "power_sgd":
+        settings["comm_state_option"] = {
+            "matrix_approximation_rank": config.power_sgd_rank,
+            "start_powerSGD_iter": config.power_sgd_start_step,
+        }
+    return settings

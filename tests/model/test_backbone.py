@@ -12,8 +12,18 @@ from torchvision.transforms.v2.functional import normalize
 
 from magneto_dist.config import ModelConfig
 from magneto_dist.errors import InputError
-from magneto_dist.model.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone, build_backbone
-from magneto_dist.model.norm import GhostBatchNorm2d, commit_batch_norm_statistics
+from magneto_dist.model.backbone import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    build_backbone,
+    recompute_activations,
+)
+from magneto_dist.model.norm import (
+    GhostBatchNorm2d,
+    commit_batch_norm_statistics,
+    share_row_validity,
+)
 
 REAL_WEIGHTS = (
     Path(__file__).parents[3] / "shared" / "weights" / "mobilenet_v2_imagenet_dequantised.pth"
@@ -230,6 +240,52 @@ def test_folding_follows_what_is_loaded_and_cast() -> None:
 def test_frozen_stages_have_no_graph() -> None:
     assert not build(frozen_stages="all", backbone_stages=2)(pixels()).requires_grad
     assert build(frozen_stages=1, backbone_stages=2)(pixels()).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["ghost", "frozen"])
+@pytest.mark.parametrize("valid", [None, [True, True, False, True]])
+def test_recomputed_activations_change_nothing_but_what_is_kept(
+    kind: str, valid: list[bool] | None
+) -> None:
+    """Gradients and running statistics bit for bit; rows that are no samples stay out of both."""
+
+    def train(*, recompute: bool) -> tuple[dict[str, Tensor], int]:
+        torch.manual_seed(0)
+        backbone = build(
+            frozen_stages=1,
+            backbone_stages=3,
+            backbone_batch_norm=kind,
+            batch_norm_group_size=2,
+        )
+        if recompute:
+            recompute_activations(backbone)
+        rows = share_row_validity(backbone)
+        kept_bytes = 0
+
+        def keep(tensor: Tensor) -> Tensor:
+            nonlocal kept_bytes
+            kept_bytes += tensor.nbytes
+            return tensor
+
+        for _ in range(2):  # micro-batches of a step
+            rows.valid = None if valid is None else torch.tensor(valid)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                features = backbone(pixels(4))
+            rows.valid = None  # as its owner does, before the backward pass
+            features.square().mean().backward()
+            assert rows.are_counted
+        commit_batch_norm_statistics(backbone, lambda sums: sums)
+        grads = {f"{n}.grad": p.grad for n, p in backbone.named_parameters() if p.requires_grad}
+        return {**backbone.state_dict(), **grads}, kept_bytes
+
+    (plain, plain_bytes), (again, again_bytes) = train(recompute=False), train(recompute=True)
+    assert plain.keys() == again.keys()
+    for name, tensor in plain.items():
+        assert tensor is not None
+        assert torch.equal(again[name], tensor), name
+    moved = [n for n, tensor in again.items() if n.endswith("num_batches_tracked") and tensor]
+    assert bool(moved) == (kind == "ghost")
+    assert again_bytes < plain_bytes / 2
 
 
 def test_kinds_of_batch_norm_share_one_state_dict() -> None:

@@ -202,7 +202,7 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(4)
     found = gradients(model, [batch], LossConfig())
-    for part in {name.split(".")[0] for name in trained}:
+    for part in sorted({name.split(".")[0] for name in trained}):
         names = [name for name in trained if name.startswith(part)]
         steps = {
             name: torch.randn(p.shape, generator=generator, dtype=p.dtype) * 1e-6

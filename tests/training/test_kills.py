@@ -71,13 +71,14 @@ def last_step(run_dir: Path) -> int:
     return json.loads(whole_lines[-1])["step"] if whole_lines else 0
 
 
-def start(warm: Warm, data: Path, run_dir: Path, keep: int) -> Forked:
+def start(warm: Warm, data: Path, run_dir: Path, keep: int, asynchronous: bool) -> Forked:
     return warm.start(
         "train_ls.py",
         *TINY,
         f"--max_steps={STEPS}",
         f"--checkpoint.every_steps={SAVE_STEPS}",
         f"--checkpoint.keep={keep}",
+        f"--checkpoint.asynchronous={str(asynchronous).lower()}",
         "--train.max_micro_batch_size=8",
         "--data.ledger=true",
         f"--data.path={data}",
@@ -106,16 +107,23 @@ def wait_until(run: Forked, happened: Callable[[], bool], within_s: float = 60) 
         time.sleep(0.001)
 
 
+def certainly_saved(trained: int, asynchronous: bool) -> int:
+    """Step of the newest save that no kill after the step `trained` can have hit.
+
+    One that follows the last step may not have begun. Written while training goes on, the one that
+    has begun last may be under way; it began when the one before was in its place.
+    """
+    begun = [0, 0, *(step for step in DUE if step < trained)]
+    return begun[-2 if asynchronous else -1]
+
+
 def assert_little_is_lost(
-    run: Forked, run_dir: Path, code: int, before: Found, planned: Hit
+    run: Forked, run_dir: Path, code: int, before: Found, planned: Hit, asynchronous: bool
 ) -> None:
     after = Found.at(run_dir)
     assert after.saved >= before.saved
     if planned.signal == KILL:
-        due = [step for step in DUE if step <= after.trained]
-        # Where the last step is followed by a save, that may be the one that was hit.
-        before_last = [0, 0, *due][-2 if due and due[-1] == after.trained else -1]
-        assert after.saved >= before_last, (before, after)
+        assert after.saved >= certainly_saved(after.trained, asynchronous), (before, after)
     elif code == 75:
         assert after.saved == after.trained
         assert status(run_dir)["state"] == "preempted"
@@ -129,14 +137,15 @@ def campaign(warm: Warm, data: Path, folder: Path, hits: int, seed: int) -> Coun
     """Hits runs, one after the other, until there were `hits`; the last one goes on to its end."""
     rng, tally = random.Random(seed), Counter[str]()
     undisturbed = folder / "undisturbed"
-    assert warm.wait(start(warm, data, undisturbed, keep=2)) == 0
+    assert warm.wait(start(warm, data, undisturbed, keep=2, asynchronous=True)) == 0
     while tally["hits"] < hits:
         tally["runs"] += 1
         run_dir, keep = folder / f"run-{tally['runs']}", rng.choice([1, 2])
+        asynchronous = rng.choice([False, True])
         code = -1
         while code != 0:
             before = Found.at(run_dir)
-            run = start(warm, data, run_dir, keep)
+            run = start(warm, data, run_dir, keep, asynchronous)
             if tally["hits"] == hits:
                 code = warm.wait(run)
                 assert code == 0, run.output
@@ -146,7 +155,7 @@ def campaign(warm: Warm, data: Path, folder: Path, hits: int, seed: int) -> Coun
             code = warm.wait(run)
             if code == 0:  # it was done already
                 break
-            assert_little_is_lost(run, run_dir, code, before, planned)
+            assert_little_is_lost(run, run_dir, code, before, planned, asynchronous)
             count(tally, planned, before, run_dir, code)
         assert_same_run(run_dir, undisturbed)
     return tally

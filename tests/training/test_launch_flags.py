@@ -36,7 +36,7 @@ def launch_with_file(monkeypatch: pytest.MonkeyPatch, path: Path, settings: obje
         ("GRADIENT_ACCUMULATION_STEPS", "2", "2 gradient accumulation steps"),
         ("GRADIENT_CLIPPING", "1.0", "clipping 1.0.*--optim.clip_norm 0.5"),
         ("GRADIENT_CLIPPING", "much", "clipping much.*--optim.clip_norm 0.5"),
-        ("USE_FSDP", "true", "FSDP is not supported"),
+        ("USE_FSDP", "true", "configured for FSDP, which is not supported: use DDP"),
         ("DEEPSPEED_CONFIG_FILE", "/nowhere.json", "/nowhere.json cannot be read"),
     ],
 )
@@ -100,3 +100,24 @@ def test_clipping_does_not_matter_where_nothing_is_trained(
 ) -> None:
     launch_with_file(monkeypatch, tmp_path / "zero.json", {"gradient_clipping": 1.0})
     check_launch(TrainConfig(), None, has_gpu=True)
+
+
+def test_comm_hooks_are_for_ddp(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig(ddp_comm_hook="fp16")
+    check_launch(config, 0.5, has_gpu=True)
+    assert "fp16 does nothing: there is one process" in capsys.readouterr().err
+    check_launch(config, None, has_gpu=True)  # scoring a run that was trained with it
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_launch(config, 0.5, has_gpu=True)
+    assert not capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match=r"--train.ddp_comm_hook fp16 is for DDP"):
+        check_launch(config, 0.5, has_gpu=True)
+
+
+def test_fsdp_that_accelerate_would_ignore_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match=r"configured for FSDP.*without a word: use DDP"):
+        check_launch(TrainConfig(), 0.5, has_gpu=False)

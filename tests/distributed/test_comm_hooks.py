@@ -1,0 +1,47 @@
+"""Communication hooks of DDP on two gloo ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from processes import free_port
+
+
+def train(hook: str, out: Path) -> dict:
+    worker = Path(__file__).with_name("comm_hook_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [f"--master_port={free_port()}", str(worker), hook, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def uncompressed(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return train("none", tmp_path_factory.mktemp("none") / "out.json")
+
+
+@pytest.mark.parametrize(
+    ("hook", "tolerance"),
+    [
+        ("fp16", 1e-3),
+        pytest.param("bf16", 1e-2, marks=pytest.mark.slow),
+        ("power_sgd", 0.5),
+    ],
+)
+def test_training_goes_on_and_ranks_keep_the_same_weights(
+    uncompressed: dict, tmp_path: Path, hook: str, tolerance: float
+) -> None:
+    found = train(hook, tmp_path / "out.json")
+    assert found["differ"] == uncompressed["differ"] == 0
+    assert found["losses"][0] == pytest.approx(uncompressed["losses"][0], rel=1e-6)
+    assert found["losses"][-1] < 0.8 * found["losses"][0]
+    ours, theirs = torch.tensor(found["weights"]), torch.tensor(uncompressed["weights"])
+    error = float((ours - theirs).norm() / theirs.norm())
+    assert 1e-7 < error < tolerance  # it was at work, and did no harm
