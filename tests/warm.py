@@ -7,6 +7,7 @@ thread, its own address space, signals and exit code, as a freshly started one h
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import importlib
@@ -76,7 +77,8 @@ class Warm:
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait(60)
         assert self._process.stdout is not None
         self._process.stdout.close()
@@ -140,9 +142,12 @@ class Warm:
     def _ask(self, request: Mapping[str, Any]) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        reply = self._process.stdout.readline()
+        assert reply, f"the process that forks launchers ended with {self._process.wait(60)}"
+        return json.loads(reply)
 
 
 def places(ranks: int) -> Sequence[dict[str, str]]:

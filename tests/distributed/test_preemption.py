@@ -113,9 +113,11 @@ def test_torchrun_restarts_when_a_rank_is_killed(
 
 
 def test_nothing_outlives_a_killed_torchrun_and_the_next_launch_goes_on(
-    warm: Warm, demo_shards: Path, undisturbed: Path, tmp_path: Path
+    warm: Warm, demo_shards: Path, tmp_path: Path
 ) -> None:
-    command = options(demo_shards, tmp_path, "--data.num_workers=1")
+    # Left alone it would train for hours.
+    endless = ("--train.epochs=99999", "--max_steps=999999", "--optim.schedule=constant")
+    command = options(demo_shards, tmp_path, "--data.num_workers=1", *endless)
     process = launch("train_ls.py", *command, through=torchrun())
     wait_for_step(process, tmp_path, 5)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -124,6 +126,12 @@ def test_nothing_outlives_a_killed_torchrun_and_the_next_launch_goes_on(
     process.kill()
     process.communicate()
     _, alive = psutil.wait_procs(family, timeout=BOUND_S)
-    assert not [each.cmdline() for each in alive]
-    warm.run("train_ls.py", *options(demo_shards, tmp_path), ranks=2)
-    assert_same_run(tmp_path, undisturbed)
+    left = [each.cmdline() for each in alive]
+    for each in alive:
+        each.kill()
+    assert not left
+    assert_saved(tmp_path)
+    last = status(tmp_path)["step"] + 2
+    more = [*endless, f"--max_steps={last}"]
+    warm.run("train_ls.py", *options(demo_shards, tmp_path, *more), ranks=2)
+    assert list(losses(tmp_path)) == list(range(1, last + 1))
