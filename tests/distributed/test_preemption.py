@@ -124,11 +124,12 @@ def test_nothing_outlives_a_killed_torchrun_and_the_next_launch_goes_on(
     # two ranks, each with a fork server, a loader process and what keeps track of shared memory
     assert len(family) >= 8
     process.kill()
-    process.communicate()
+    process.wait()
     _, alive = psutil.wait_procs(family, timeout=BOUND_S)
     left = [each.cmdline() for each in alive]
     for each in alive:
         each.kill()
+    process.communicate()
     assert not left
     assert_saved(tmp_path)
     last = status(tmp_path)["step"] + 2
