@@ -31,6 +31,7 @@ def check_launch(config: TrainConfig, clip_norm: float | None, has_gpu: bool) ->
             process launcher, or of a DeepSpeed file that it names, says something else than our
             configuration, or does not fit this machine.
     """
+    _warn_of_restarts()
     _check_precision(config, has_gpu)
     _check_accumulation(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"), "accelerate")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -54,6 +55,18 @@ def check_launch(config: TrainConfig, clip_norm: float | None, has_gpu: bool) ->
         raise _refusal(
             "`accelerate launch` starts one process on CPU, however many it is asked for: use"
             " `torchrun --nproc_per_node N` instead, or --num_processes 1"
+        )
+
+
+def _warn_of_restarts() -> None:
+    """Processes that torchrun starts anew may find addresses of dead ones in a store it shares."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts and shares_store and os.environ.get("RANK") == "0":
+        print(
+            "warning: --max-restarts may fail: start torchrun with --rdzv_backend c10d and"
+            " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment (docs/multi_node.md)",
+            file=sys.stderr,
         )
 
 

@@ -103,7 +103,10 @@ def test_a_signal_to_torchrun_and_every_loader_process_saves(
 def test_torchrun_restarts_when_a_rank_is_killed(
     demo_shards: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    through = torchrun("--max-restarts=1", "--monitor-interval=0.2")
+    meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+    through = torchrun(*meeting, "--max-restarts=1", "--monitor-interval=0.2")
+    # Else the new processes find addresses of the old ones, where these do not start as fast.
+    through = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", *through]
     process = launch("train_ls.py", *options(demo_shards, tmp_path), through=through)
     wait_for_step(process, tmp_path, 6)
     rank(process, 1).kill()

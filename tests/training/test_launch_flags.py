@@ -121,3 +121,21 @@ def test_fsdp_that_accelerate_would_ignore_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match=r"configured for FSDP.*without a word: use DDP"):
         check_launch(TrainConfig(), 0.5, has_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "shares_store", "warns"),
+    [("3", "True", True), ("3", "False", False), ("0", "True", False)],
+)
+def test_restarts_with_a_store_that_outlives_processes_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    restarts: str,
+    shares_store: str,
+    warns: bool,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shares_store)
+    monkeypatch.setenv("RANK", "0")
+    check_launch(TrainConfig(), None, has_gpu=False)
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err) == warns
