@@ -336,7 +336,7 @@ class TrainConfig:
             not (self.activation_checkpointing and self.compile),
             "train.activation_checkpointing",
             self.activation_checkpointing,
-            "false with --train.compile true, which chooses by itself what to keep",
+            "false with --train.compile true: the compiler fails on stages that run twice",
         )
         _fraction("train.threshold", self.threshold)
 
