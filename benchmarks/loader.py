@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -48,13 +48,34 @@ from magneto_dist.data.shards import Dataset
 from magneto_dist.data.writer import write_dataset
 from magneto_dist.vocabulary import Vocabulary
 from magneto_dist.world import World
-from other_loaders import OTHERS, Setting, convert
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 86  # about 50 kB
 WARM_BATCHES = 12
 SAMPLES_PER_SHARD = 256
 READ_AHEAD_STEPS = 8  # two shards
 TAGS = tuple(f"tag-{number:02}" for number in range(20))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every loader is asked for."""
+
+    folder: Path
+    """With the photographs in all forms."""
+    size: int
+    """Height and width of a crop, pixels."""
+    policy: bool
+    """Apply AutoAugment."""
+    batch_size: int
+    num_workers: int
+    """Processes, or threads of DALI, beside the consuming one."""
+    url: str
+    """Where `folder` is served."""
+
+    @property
+    def shards(self) -> list[str]:
+        """The tars."""
+        return sorted(map(str, (self.folder / "shards").glob("*.tar")))
 
 
 def main() -> None:
@@ -91,7 +112,9 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 def _compare(given: argparse.Namespace, folder: Path) -> None:
-    names = [name for name in LOADERS if not given.only or any(part in name for part in given.only)]
+    names = [
+        name for name in _loaders() if not given.only or any(part in name for part in given.only)
+    ]
     peak_mb: dict[str, float] = {}
 
     def measure(name: str) -> float:
@@ -145,7 +168,8 @@ def _run_alone(given: argparse.Namespace) -> None:
     setting = Setting(
         given.folder, given.size, given.policy, given.batch_size, given.workers, given.url
     )
-    batches = LOADERS[given.alone](setting)
+    loader = OURS.get(given.alone) or _loaders()[given.alone]
+    batches = loader(setting)
     for _ in range(WARM_BATCHES):
         next(batches)
     started_at_s = time.perf_counter()
@@ -173,6 +197,8 @@ def _make(folder: Path, photos: Path, num_items: int) -> None:
         num_processes=1,
         source={"builder": "benchmark"},
     )
+    from other_loaders import convert
+
     convert(folder, photographs)
 
 
@@ -258,20 +284,26 @@ def _decode_share(
         done.put(setting.batch_size)
 
 
-LOADERS: dict[str, Callable[[Setting], Iterator[int]]] = {
+OURS: dict[str, Callable[[Setting], Iterator[int]]] = {
     "decoding alone": lambda setting: _decode_only(setting, augmented=False),
     "bare loop of the cpu decoder": lambda setting: _decode_only(setting, augmented=True),
     "magneto_dist, cpu": lambda setting: _ours("cpu", setting),
     "magneto_dist, cpu, cached from HTTP": lambda setting: _ours("cpu", setting, "cached"),
     "magneto_dist, cpu, downloaded from HTTP": lambda setting: _ours("cpu", setting, "cold"),
     "magneto_dist, dali_cpu": lambda setting: _ours("dali_cpu", setting),
-    **(
-        {"magneto_dist, dali_gpu": lambda setting: _ours("dali_gpu", setting)}
-        if torch.cuda.is_available()
-        else {}
-    ),
-    **OTHERS,
+    "magneto_dist, dali_gpu": lambda setting: _ours("dali_gpu", setting),
 }
+
+
+def _loaders() -> dict[str, Callable[[Setting], Iterator[int]]]:
+    # Not above: loader processes import this module, and would count the other projects' packages.
+    from other_loaders import OTHERS
+
+    ours = dict(OURS)
+    if not torch.cuda.is_available():
+        del ours["magneto_dist, dali_gpu"]
+    return ours | OTHERS
+
 
 if __name__ == "__main__":
     main()

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -26,29 +25,10 @@ from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
+if TYPE_CHECKING:
+    from loader import Setting
+
 SCALE, ASPECT = (0.3, 1.0), (3 / 4, 4 / 3)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What every loader is asked for."""
-
-    folder: Path
-    """With the photographs in all forms."""
-    size: int
-    """Height and width of a crop, pixels."""
-    policy: bool
-    """Apply AutoAugment."""
-    batch_size: int
-    num_workers: int
-    """Processes, or threads of DALI, beside the consuming one."""
-    url: str
-    """Where `folder` is served."""
-
-    @property
-    def shards(self) -> list[str]:
-        """The tars."""
-        return sorted(map(str, (self.folder / "shards").glob("*.tar")))
 
 
 def convert(folder: Path, photographs: dict[str, bytes]) -> None:
