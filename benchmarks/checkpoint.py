@@ -31,6 +31,7 @@ from magneto_dist.training.checkpoint_writer import CheckpointWriter
 from magneto_dist.training.optim import build_optimizer
 from magneto_dist.training.session import Session
 from magneto_dist.training.telemetry import Telemetry
+from magneto_dist.training.weight_average import WeightAverage
 
 BATCH = 4
 
@@ -59,11 +60,11 @@ def main() -> None:
             session.step(model, optimizer)
 
         with Telemetry(Path(folder), session, config, Progress(), 1, loader) as telemetry:
-            ways = {}
+            ways, none = {}, WeightAverage(model, decay=0)
             for name, taken_s in written_s.items():
                 checkpoint = CheckpointConfig(asynchronous=name == "by a thread", keep=1)
                 settings = replace(config, checkpoint=checkpoint)
-                writer = CheckpointWriter(session, settings, model, optimizer, telemetry)
+                writer = CheckpointWriter(session, settings, model, optimizer, none, telemetry)
                 ways[name] = partial(_stall_s, writer, step, taken_s)
             timings = compare_measured(ways, 1, given.rounds)
         session.close()

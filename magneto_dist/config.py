@@ -311,6 +311,9 @@ class TrainConfig:
     """power_sgd: columns of the thin matrices; more keep more and send more."""
     power_sgd_start_step: int = 1000
     """power_sgd: steps after a start of the processes in which gradients still travel whole."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the weights, e.g. 0.9998; the average is what is
+    evaluated, kept as the best, predicted with and exported. 0: none."""
     channels_last: bool = True
     """Memory format of the convolutions."""
     threshold: float = 0.5
@@ -338,6 +341,7 @@ class TrainConfig:
             self.activation_checkpointing,
             "false with --train.compile true: the compiler fails on stages that run twice",
         )
+        _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 <= ema_decay < 1")
         _fraction("train.threshold", self.threshold)
 
 

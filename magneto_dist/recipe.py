@@ -33,10 +33,12 @@ from magneto_dist.model.embedding import load_tag_embedding
 from magneto_dist.model.magneto import build_model
 from magneto_dist.report import examples_figure, final_table
 from magneto_dist.training.checkpoint import (
+    AVERAGED_WEIGHTS,
     Progress,
     load_optimizer,
     load_weights,
     read_progress,
+    read_tensors,
     set_aside_later,
     steps,
 )
@@ -48,6 +50,7 @@ from magneto_dist.training.resume import checkpoint_to_resume, fingerprint, init
 from magneto_dist.training.run_folder import RunFolder
 from magneto_dist.training.session import Session
 from magneto_dist.training.telemetry import Telemetry
+from magneto_dist.training.weight_average import WeightAverage
 
 
 def run_training(config: Config) -> None:
@@ -134,6 +137,11 @@ def _train_in_folder(
         load_optimizer(session, checkpoint, wrapped, optimizer)
         session.warn_of_lost_state()
         schedule.load_state_dict(start.schedule)
+    average = WeightAverage(
+        session.unwrap(wrapped), config.train.ema_decay, start.step - start.skipped_steps
+    )
+    if checkpoint and config.train.ema_decay:
+        average.load(read_tensors(checkpoint / AVERAGED_WEIGHTS))
     start = replace(
         start,
         num_ranks=session.world.num_ranks,
@@ -141,12 +149,15 @@ def _train_in_folder(
         micro_steps=plan.micro_steps,
         deepspeed=session.is_deepspeed,
         data_fingerprint=fingerprint(dataset),
+        vocabulary_sha256=dataset.vocabulary.sha256,
         schedule=schedule.state_dict(),
     )
     run_dir = Path(config.output_dir)
     with (
         Telemetry(run_dir, session, config, start, total_steps, loader) as log,
-        CheckpointWriter(session, config, wrapped, optimizer, log, _status_writer(run)) as writer,
+        CheckpointWriter(
+            session, config, wrapped, optimizer, average, log, _status_writer(run)
+        ) as writer,
     ):
         job = Job(
             config=config,
@@ -158,6 +169,7 @@ def _train_in_folder(
             plan=plan,
             telemetry=log,
             stop=stop,
+            average=average,
             evaluate=_Evaluation(config, session, dataset, plan, wrapped, log),
             checkpoints=writer,
         )

@@ -12,7 +12,12 @@ from magneto_dist.config import Config
 from magneto_dist.config_io import load_config
 from magneto_dist.errors import InputError
 from magneto_dist.model.magneto import build_model
-from magneto_dist.training.checkpoint import best_or_newest, load_weights
+from magneto_dist.training.checkpoint import (
+    best_or_newest,
+    best_weights,
+    load_state,
+    read_progress,
+)
 from magneto_dist.vocabulary import Vocabulary
 
 
@@ -42,7 +47,7 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
     Nothing is unpickled, and no pre-trained backbone is looked for: all weights are in the run.
 
     Raises:
-        InputError: no run there, or no complete checkpoint in it.
+        InputError: no run there, no complete checkpoint in it, or another vocabulary beside it.
     """
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"{run_dir}: no run there (it has no config.yaml)")
@@ -51,6 +56,11 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
         raise InputError(f"{run_dir}: no complete checkpoint there; has the run saved one yet?")
     config = load_config(checkpoint / "config.yaml")
     vocabulary = Vocabulary.from_bytes((run_dir / "vocabulary.txt").read_bytes())
+    if read_progress(checkpoint).vocabulary_sha256 not in ("", vocabulary.sha256):
+        raise InputError(
+            f"{run_dir}/vocabulary.txt is not the vocabulary that {checkpoint.name} was trained"
+            " with, and every tag would be taken for another: put the run's own back"
+        )
     model = load_model(checkpoint, config, len(vocabulary), device)
     return TrainedRun(config, vocabulary, model, checkpoint)
 
@@ -68,7 +78,7 @@ def load_model(
     model = build_model(bare, num_tags, gate=config.train.objective == "important")
     if config.train.param_dtype == "float64":
         model = model.double()
-    load_weights(folder, model)
+    load_state(model, best_weights(folder), str(folder))
     model = model.eval().to(device)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -83,6 +83,12 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if line["split"] == "train"}
 
 
+def validations(run_dir: Path) -> list[dict]:
+    """Lines of the evaluations of a run."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == "validation"]
+
+
 def summary(run_dir: Path) -> dict:
     """`summary.json` of a run."""
     return json.loads((run_dir / "summary.json").read_text())

@@ -55,13 +55,14 @@ class StepLog:
         with _named(self.path):
             os.fsync(self._file.fileno())
 
-    def cut_back(self, step: int) -> None:
+    def cut_back(self, step: int, *, evaluated: bool = True) -> None:
         """Keeps the entries up to and including a global step, and drops all later ones.
 
+        Without `evaluated` it drops those of the evaluation after `step`, too: it will come again.
         The file only becomes shorter, so that a kill at any moment leaves the old or the new one.
         """
         with _named(self.path):
-            self._truncate(lambda file, size: _end_of_step(file, size, step))
+            self._truncate(lambda file, size: _end_of_step(file, size, (step, evaluated)))
 
     def close(self) -> None:
         """Ends writing."""
@@ -76,14 +77,14 @@ class StepLog:
             os.fsync(self._file.fileno())
 
 
-def cut_back_all(folder: Path, step: int) -> None:
+def cut_back_all(folder: Path, step: int, *, evaluated: bool = True) -> None:
     """Cuts all logs in `folder` back to a global step, as one process before any other writes.
 
     A run that goes on with fewer ranks also has files of ranks that it no longer has.
     """
     for path in sorted(folder.glob("*.jsonl")):
         log = StepLog(path)
-        log.cut_back(step)
+        log.cut_back(step, evaluated=evaluated)
         log.close()
 
 
@@ -105,21 +106,25 @@ def _end_of_last_line(file: IO[bytes], size: int, block_bytes: int = 1 << 16) ->
     return 0
 
 
-def _end_of_step(file: IO[bytes], size: int, step: int) -> int:
-    """Where the first entry after `step` begins; bisects, for a ledger may hold 1e9 lines."""
-    offset = bisect_right(range(size), step, key=lambda offset: _step_from(file, offset))
+def _end_of_step(file: IO[bytes], size: int, last: tuple[float, bool]) -> int:
+    """Where the first entry after `last` begins; bisects, for a ledger may hold 1e9 lines."""
+    offset = bisect_right(range(size), last, key=lambda offset: _step_from(file, offset))
     _seek_line(file, offset)
     return file.tell()
 
 
-def _step_from(file: IO[bytes], offset: int) -> float:
-    """The step of the first line that begins at or after `offset`; infinite past the last one."""
+def _step_from(file: IO[bytes], offset: int) -> tuple[float, bool]:
+    """Step of the first line that begins at or after `offset`, and whether an evaluation wrote it.
+
+    Infinite past the last one. A step's evaluation comes after the step.
+    """
     _seek_line(file, offset)
     line = file.readline()
     try:
-        return json.loads(line)["step"]
+        entry = json.loads(line)
+        return entry["step"], entry.get("split") == "validation"
     except ValueError:  # the end, or what a crash of the machine left there
-        return math.inf
+        return math.inf, False
 
 
 def _seek_line(file: IO[bytes], offset: int) -> None:

@@ -6,6 +6,7 @@ passed over, and said so.
 
     step-00001000/
       model.safetensors   whole weights, running statistics included
+      ema.safetensors     the same with averaged weights, where train.ema_decay is set
       optimizer.pt        momentum; read back without running any code (weights_only)
       deepspeed/          instead of optimizer.pt under DeepSpeed: its own parts, one a rank
       progress.json       Progress
@@ -16,11 +17,12 @@ passed over, and said so.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -30,10 +32,15 @@ from torch import Tensor, nn
 
 from magneto_dist.errors import InputError
 from magneto_dist.files import sha256_of
+from magneto_dist.training.pickles import require_no_code
 from magneto_dist.training.session import Session
 
 MARKER = "COMPLETE"
+WEIGHTS, AVERAGED_WEIGHTS = "model.safetensors", "ema.safetensors"
 DEEPSPEED = "deepspeed"
+_PROGRESS = "progress.json"
+_ALWAYS_THERE = {WEIGHTS, _PROGRESS, "config.yaml"}
+_UNREADABLE = (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError)
 _STEP_FOLDER = re.compile(r"step-\d{8,}")
 
 
@@ -55,6 +62,8 @@ class Progress:
     """Whether the optimizer state is DeepSpeed's."""
     data_fingerprint: str = ""
     """Identity of the training data: vocabulary and shards."""
+    vocabulary_sha256: str = ""
+    """Hash of vocabulary.txt, whose line numbers are the rows of the tag embedding."""
     best_step: int = 0
     """Step of the best evaluation so far, 0: none."""
     best_f1: float = -1.0
@@ -143,36 +152,81 @@ def best_or_newest(run_dir: Path) -> Path | None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None: it is complete and unaltered."""
+    """What is wrong with a checkpoint, in words; None: it is complete and unaltered.
+
+    What others may have put beside the files that were written is passed over, but for pickles
+    that DeepSpeed would read.
+    """
+    if not (folder / MARKER).is_file():
+        return f"{MARKER} is missing"
     try:
-        hashes = json.loads((folder / MARKER).read_bytes())["sha256"]
-        for name, expected in hashes.items():
-            if sha256_of(folder / name) != expected:
-                return f"{name} is not what was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
+        hashes = dict(json.loads((folder / MARKER).read_bytes())["sha256"])
     except (ValueError, KeyError, TypeError):
         return f"{MARKER} is damaged"
-    return None
+    if not hashes.keys() >= _ALWAYS_THERE or not all(map(_stays_inside, hashes)):
+        return f"{MARKER} is damaged"
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_of(folder / name) != expected:
+            return f"{name} is not what was written"
+    parts = (path for path in (folder / DEEPSPEED).rglob("*") if not path.is_dir())
+    added = sorted({str(path.relative_to(folder)) for path in parts} - hashes.keys())
+    return f"{added[0]} was added" if added else None
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def read_progress(folder: Path) -> Progress:
-    """The progress that a checkpoint records."""
-    return Progress(**json.loads((folder / "progress.json").read_bytes()))
+    """The progress that a checkpoint records.
+
+    Raises:
+        InputError: it is not what this version of the program writes.
+    """
+    path = folder / _PROGRESS
+    try:
+        progress = Progress(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); use another checkpoint") from None
+    for name, default in asdict(Progress()).items():
+        value, kind = getattr(progress, name), type(default)
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise InputError(f"{path}: {name} is {value!r}; use another checkpoint")
+    return progress
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Reads the weights of a checkpoint into a model that is not yet prepared.
+    """Reads the weights from which training goes on into a model that is not yet prepared.
 
     Raises:
         InputError: the weights are damaged, or belong to a model of another shape.
     """
-    path = folder / "model.safetensors"
+    load_state(model, read_tensors(folder / WEIGHTS), str(folder))
+
+
+def best_weights(folder: Path) -> dict[str, Tensor]:
+    """The whole weights that a checkpoint was evaluated with: averaged ones where it has them.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    averaged = folder / AVERAGED_WEIGHTS
+    return read_tensors(averaged if averaged.exists() else folder / WEIGHTS)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on CPU.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
     try:
-        state = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); copy or write it again") from None
-    load_state(model, state, str(folder))
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
@@ -198,7 +252,8 @@ def load_optimizer(session: Session, folder: Path, model: nn.Module, optimizer: 
     """Restores optimizer, scaler and (under DeepSpeed) weights; `model` is prepared.
 
     Raises:
-        InputError: DeepSpeed state of another number of ranks or another kind of training.
+        InputError: DeepSpeed state of another number of ranks or another kind of training; or a
+            file that is no such state.
     """
     progress = read_progress(folder)
     # Those of this run: what was saved may be older than a changed setting.
@@ -215,10 +270,18 @@ def load_optimizer(session: Session, folder: Path, model: nn.Module, optimizer: 
             " weights with --init_from"
         )
     if session.is_deepspeed:
+        require_no_code(folder / DEEPSPEED)
         model.load_checkpoint(str(folder), tag=DEEPSPEED)  # type: ignore[operator]
     else:
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state)  # moves it to where the weights are
+        path = folder / "optimizer.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            optimizer.load_state_dict(state)  # moves it to where the weights are
+        except _UNREADABLE as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"{path}: not the optimizer's state of this model ({reason})"
+            ) from None
     for group, before in zip(optimizer.param_groups, settings, strict=True):
         group.update(before)
     session.load_scaler_state(progress.scaler)

@@ -29,9 +29,19 @@ from magneto_dist.config import Config
 from magneto_dist.config_io import config_to_yaml
 from magneto_dist.errors import InputError
 from magneto_dist.files import require_space, sha256_of, sync_file, sync_folder, write_atomically
-from magneto_dist.training.checkpoint import DEEPSPEED, MARKER, Progress, folder_of, remove, steps
+from magneto_dist.training.checkpoint import (
+    AVERAGED_WEIGHTS,
+    DEEPSPEED,
+    MARKER,
+    WEIGHTS,
+    Progress,
+    folder_of,
+    remove,
+    steps,
+)
 from magneto_dist.training.session import Session
 from magneto_dist.training.telemetry import Telemetry
+from magneto_dist.training.weight_average import WeightAverage
 
 _SMALL_FILES_BYTES = 10_000_000
 
@@ -71,6 +81,8 @@ class _Contents:
     """What the thread writes; nothing in it changes while it does."""
 
     weights: dict[str, Tensor]
+    averages: dict[str, Tensor]
+    """Of the trained weights; empty: no average is kept."""
     optimizer: dict[str, Any] | None
     """None: DeepSpeed has written its own."""
     progress: Progress
@@ -78,7 +90,8 @@ class _Contents:
     def num_bytes(self) -> int:
         """Size of the checkpoint; with DeepSpeed's momentum, which takes as much as the weights."""
         momentum = self.weights if self.optimizer is None else self.optimizer
-        return sum(map(_num_bytes, (self.weights, momentum))) + _SMALL_FILES_BYTES
+        averaged = self.weights if self.averages else {}
+        return sum(map(_num_bytes, (self.weights, averaged, momentum))) + _SMALL_FILES_BYTES
 
 
 class CheckpointWriter:
@@ -91,6 +104,7 @@ class CheckpointWriter:
         config: settings of the run; `checkpoint` says whether to write while training goes on.
         model: as `prepare` gave it.
         optimizer: likewise.
+        average: of the model's weights.
         telemetry: on disk before a checkpoint is marked complete.
         when_complete: called with the step of a checkpoint that is in its place, by the thread.
     """
@@ -101,11 +115,12 @@ class CheckpointWriter:
         config: Config,
         model: nn.Module,
         optimizer: Any,
+        average: WeightAverage,
         telemetry: Telemetry,
         when_complete: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._session, self._config, self._telemetry = session, config, telemetry
-        self._model, self._optimizer = model, optimizer
+        self._model, self._optimizer, self._average = model, optimizer, average
         self._when_complete = when_complete
         self._snapshot = Snapshot()
         self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -172,13 +187,17 @@ class CheckpointWriter:
     ) -> None:
         optimizer = None if self._session.is_deepspeed else self._optimizer.state_dict()
         progress = replace(progress, scaler=self._session.scaler_state())
-        contents = _Contents(weights, optimizer, progress)
+        state = {
+            "weights": weights,
+            "averages": self._average.averages,
+            "optimizer": optimizer,
+        }
+        contents = _Contents(**state, progress=progress)
         if optimizer is not None:
             _named_errors(temporary, _start, temporary)
         _named_errors(temporary, _require_space, temporary, contents)
         if self._config.checkpoint.asynchronous:
-            copied = self._snapshot.take({"weights": weights, "optimizer": optimizer})
-            contents = _Contents(**copied, progress=progress)
+            contents = _Contents(**self._snapshot.take(state), progress=progress)
         self._under_way = self._pool.submit(self._write, contents, temporary, final)
 
     def _write(self, contents: _Contents, temporary: Path, final: Path) -> None:
@@ -227,7 +246,9 @@ def _num_bytes(tree: Any) -> int:
 
 
 def _write_files(temporary: Path, contents: _Contents, config: Config) -> None:
-    _save_tensors(contents.weights, temporary / "model.safetensors")
+    _save_tensors(contents.weights, temporary / WEIGHTS)
+    if contents.averages:  # whole, so that the file serves without the other
+        _save_tensors(contents.weights | contents.averages, temporary / AVERAGED_WEIGHTS)
     if contents.optimizer is not None:
         try:
             torch.save(contents.optimizer, temporary / "optimizer.pt")

@@ -36,13 +36,13 @@ def check_launch(config: TrainConfig, clip_norm: float | None, has_gpu: bool) ->
     _check_accumulation(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"), "accelerate")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         ignored = "" if has_gpu else "; without a GPU accelerate would ignore it without a word"
-        raise _refusal(
+        raise refusal(
             f"accelerate was configured for FSDP, which is not supported{ignored}: use DDP or"
             " DeepSpeed ZeRO-3 (configs/accelerate/)"
         )
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":
-        raise _refusal(
+        raise refusal(
             f"accelerate was launched with dynamo backend {compiler.lower()}: leave it at no, and"
             " use --train.compile true"
         )
@@ -52,7 +52,7 @@ def check_launch(config: TrainConfig, clip_norm: float | None, has_gpu: bool) ->
         _check_clipping(os.environ.get("ACCELERATE_GRADIENT_CLIPPING"), clip_norm, "accelerate")
         _check_deepspeed_file(config, clip_norm)
     if _is_alone_against_order():
-        raise _refusal(
+        raise refusal(
             "`accelerate launch` starts one process on CPU, however many it is asked for: use"
             " `torchrun --nproc_per_node N` instead, or --num_processes 1"
         )
@@ -78,17 +78,17 @@ def uses_deepspeed() -> bool:
 def _check_precision(config: TrainConfig, has_gpu: bool) -> None:
     launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched_with not in ("no", config.precision):
-        raise _refusal(
+        raise refusal(
             f"accelerate was launched with mixed precision {launched_with}, our configuration says"
             f" --train.precision {config.precision}: set it in our configuration alone"
         )
     if config.precision == "fp16" and not has_gpu:
-        raise _refusal("--train.precision fp16 needs a GPU; on CPU use bf16 or no")
+        raise refusal("--train.precision fp16 needs a GPU; on CPU use bf16 or no")
 
 
 def _check_accumulation(given: object, who: str) -> None:
     if not _is_unset(given) and str(given) != "1":
-        raise _refusal(
+        raise refusal(
             f"{who} says {given} gradient accumulation steps; ours follow from"
             " --train.global_batch_size and --train.max_micro_batch_size: leave them at 1"
         )
@@ -98,7 +98,7 @@ def _check_comm_hook(hook: str) -> None:
     if hook == "none":
         return
     if uses_deepspeed():
-        raise _refusal(
+        raise refusal(
             f"--train.ddp_comm_hook {hook} is for DDP, and DeepSpeed moves gradients its own way:"
             " set it to none"
         )
@@ -118,7 +118,7 @@ def _check_clipping(given: Any, clip_norm: float | None, who: str) -> None:
     except (TypeError, ValueError):
         is_ours = False
     if not is_ours:
-        raise _refusal(
+        raise refusal(
             f"{who} says gradient clipping {given}, our configuration says --optim.clip_norm"
             f" {clip_norm}: set it in our configuration alone"
         )
@@ -132,16 +132,16 @@ def _check_deepspeed_file(config: TrainConfig, clip_norm: float | None) -> None:
     try:
         settings = json.loads(Path(name).read_bytes())
     except (OSError, ValueError) as error:
-        raise _refusal(f"{who} cannot be read: {error}") from None
+        raise refusal(f"{who} cannot be read: {error}") from None
     if not isinstance(settings, dict):
-        raise _refusal(f"{who} is no JSON object")
+        raise refusal(f"{who} is no JSON object")
     _check_clipping(settings.get("gradient_clipping"), clip_norm, who)
     _check_accumulation(settings.get("gradient_accumulation_steps"), who)
     for precision in ("fp16", "bf16"):
         section = settings.get(precision)
         enabled = section.get("enabled") if isinstance(section, dict) else None
         if not _is_unset(enabled) and bool(enabled) != (config.precision == precision):
-            raise _refusal(
+            raise refusal(
                 f"{who} says {precision} enabled {str(enabled).lower()}, our configuration says"
                 f" --train.precision {config.precision}: set it in our configuration alone"
             )
@@ -151,7 +151,7 @@ def _is_unset(given: object) -> bool:
     return given is None or str(given).lower() in _UNSET
 
 
-def _refusal(message: str) -> InputError:
+def refusal(message: str) -> InputError:
     """All processes meet the same contradiction; the main one says it."""
     is_main = os.environ.get("RANK", "0") == "0"
     return InputError(message) if is_main else ReportedError(message)

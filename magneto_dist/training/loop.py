@@ -33,6 +33,7 @@ from magneto_dist.training.optim import Schedule
 from magneto_dist.training.process import StopRequest
 from magneto_dist.training.session import Session
 from magneto_dist.training.telemetry import Telemetry
+from magneto_dist.training.weight_average import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Job:
     plan: BatchPlan
     telemetry: Telemetry
     stop: StopRequest
+    average: WeightAverage
     evaluate: Callable[[int], dict]
     """Validation metrics at a step, the same on all ranks."""
     checkpoints: CheckpointWriter
@@ -165,6 +167,8 @@ def train_step(
             sums = {name: value + sums.get(name, 0) for name, value in new.items()}
     stepped = session.step(job.model, job.optimizer)
     settle_batch_norms(session, job.model, skipped=stepped.skipped)
+    if not stepped.skipped:
+        job.average.update()
     return StepResult(loss, sums, stepped.gradient_norm, stepped.skipped)
 
 
@@ -203,7 +207,8 @@ def _evaluation_is_due(job: Job, step: int) -> bool:
 
 
 def _evaluate_and_save(job: Job, progress: Progress) -> Progress:
-    metrics = job.evaluate(progress.step)
+    with job.average.swapped_in():
+        metrics = job.evaluate(progress.step)
     job.schedule.observe(metrics["loss"])
     f1 = metrics[next(h for h in ("final", "image", "tag") if h in metrics)]["paper"]["f1"]
     if f1 > progress.best_f1:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import nn
 
 from magneto_dist.config import Config
@@ -18,6 +17,7 @@ from magneto_dist.model.magneto import PRETRAINED_PARTS
 from magneto_dist.training.checkpoint import (
     DEEPSPEED,
     best_or_newest,
+    best_weights,
     find_damage,
     finish_renames,
     load_state,
@@ -27,7 +27,7 @@ from magneto_dist.training.checkpoint import (
 from magneto_dist.vocabulary import Vocabulary
 
 _FIXED_SECTIONS = ("model", "tags", "augment", "loss")
-_FIXED_TRAIN_SETTINGS = ("global_batch_size", "objective", "param_dtype")
+_FIXED_TRAIN_SETTINGS = ("global_batch_size", "objective", "param_dtype", "ema_decay")
 _FIXED_DATA_SETTINGS = ("num_streams", "shuffle_window", "constant_image", "stages")
 
 
@@ -120,7 +120,7 @@ def initialise_from(
             f"--init_from {run_dir}: its vocabulary is not that of the data: {difference}; build"
             " the data set with the run's vocabulary.txt"
         )
-    state = load_file(checkpoint / "model.safetensors")
+    state = best_weights(checkpoint)
     if load_config(checkpoint / "config.yaml").train.objective != config.train.objective:
         own = {k: v for k, v in model.state_dict().items() if not k.startswith(PRETRAINED_PARTS)}
         state = {k: v for k, v in state.items() if k.startswith(PRETRAINED_PARTS)} | own

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from magneto_dist.config import TrainConfig
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.errors import ReportedError
-from magneto_dist.training.launch_flags import check_launch, uses_deepspeed
+from magneto_dist.training.launch_flags import check_launch, refusal, uses_deepspeed
 from magneto_dist.world import World
 
 T = TypeVar("T")
@@ -83,6 +83,17 @@ class Session:
             step_scheduler_with_optimizer=False,
             kwargs_handlers=handlers,
         )
+        plugin = self._accelerator.state.deepspeed_plugin
+        if (
+            clip_norm is not None
+            and config.ema_decay
+            and plugin is not None
+            and plugin.zero_stage == 3
+        ):
+            raise refusal(
+                "--train.ema_decay needs whole weights on every process, and ZeRO-3 keeps them in"
+                " parts: use ZeRO-2, or set it to 0"
+            )
         ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or self._accelerator.num_processes)
         self.world = World(
             rank=self._accelerator.process_index,

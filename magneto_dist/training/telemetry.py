@@ -65,7 +65,7 @@ class Telemetry:
             for split in ("train", "validation")
         }
         self._closing = ExitStack()
-        session.from_main(lambda: _cut_back(run_dir, start.step))  # also the files of former ranks
+        session.from_main(lambda: _cut_back(run_dir, start))  # also the files of former ranks
         file = f"rank-{session.world.rank:05d}.jsonl"
         self._quarantine = self._open(Quarantine(run_dir / "quarantine" / file))
         self._ledger = None
@@ -252,12 +252,14 @@ class Telemetry:
         )
 
 
-def _cut_back(run_dir: Path, step: int) -> None:
+def _cut_back(run_dir: Path, start: Progress) -> None:
+    # A kill between an evaluation and its checkpoint has left the evaluation's lines.
+    step, evaluated = start.step, start.evaluated
     metrics = StepLog(run_dir / "metrics.jsonl")  # alone: files of the user may lie beside it
-    metrics.cut_back(step)
+    metrics.cut_back(step, evaluated=evaluated)
     metrics.close()
     for folder in ("ledger", "quarantine"):
-        cut_back_all(run_dir / folder, step)
+        cut_back_all(run_dir / folder, step, evaluated=evaluated)
 
 
 def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:

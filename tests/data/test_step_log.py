@@ -37,6 +37,22 @@ def test_cutting_back_keeps_exactly_the_entries_up_to_a_step(
     assert read_entries(path)[0] == [*kept, {"step": 11}]
 
 
+@given(steps=STEPS, cut=st.integers(-1, 10), evaluated=st.booleans())
+def test_an_evaluation_that_comes_again_is_cut_away(tmp_path_factory, steps, cut, evaluated):
+    """Each step has entries without a split, then one of training, then those of its evaluation."""
+    path = tmp_path_factory.mktemp("log") / "log.jsonl"
+    splits = ({}, {"split": "train"}, {"split": "validation"}, {"split": "validation"})
+    entries = [{"step": step, **split} for step in dict.fromkeys(steps) for split in splits]
+    log = StepLog(path)
+    log.extend(entries)
+    log.cut_back(cut, evaluated=evaluated)
+    log.close()
+    again = {"step": cut, "split": "validation"}
+    assert read_entries(path)[0] == [
+        e for e in entries if e["step"] <= cut and (evaluated or e != again)
+    ]
+
+
 def test_a_log_goes_on_after_its_last_whole_line(tmp_path):
     path = tmp_path / "log.jsonl"
     whole = b"".join(b'{"step": %d, "x": "%s"}\n' % (step, b"y" * 40_000) for step in range(4))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from processes import TINY, losses
+from processes import TINY, losses, validations
 from warm import Warm, forwards_of
 
 EPOCH_STEPS = 6
@@ -66,6 +66,7 @@ class Trainer:
             "--optim.schedule=plateau",
             "--optim.plateau_patience=1",
             "--optim.lr=0.05",
+            "--train.ema_decay=0.9",
             "--data.ledger=true",
             "--checkpoint.every_steps=1",
             "--checkpoint.keep=1000",
@@ -109,14 +110,9 @@ class Trainer:
         return forwards[settles_buckets:]  # the first is of weight zero, at every start
 
 
-def validations(run_dir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["split"] == "validation"]
-
-
 def assert_same_checkpoint(ours: Path, theirs: Path) -> None:
-    weights = "model.safetensors"
-    assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
+    for weights in ("model.safetensors", "ema.safetensors"):
+        assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
     files = sorted(path.relative_to(theirs) for path in theirs.rglob("*.pt"))
     assert files
     for file in files:

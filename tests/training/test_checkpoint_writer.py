@@ -32,6 +32,7 @@ from magneto_dist.training.checkpoint import (
 from magneto_dist.training.checkpoint_writer import CheckpointWriter, Snapshot
 from magneto_dist.training.session import Session
 from magneto_dist.training.telemetry import Telemetry
+from magneto_dist.training.weight_average import WeightAverage
 
 
 class Run:
@@ -48,7 +49,8 @@ class Run:
         self.session, self.config, self.telemetry = session, config, telemetry
 
     def writer(self, when_complete: Callable[[int], None] = lambda step: None) -> CheckpointWriter:
-        given = self.session, self.config, self.model, self.optimizer, self.telemetry
+        average = WeightAverage(self.model, self.config.train.ema_decay)
+        given = self.session, self.config, self.model, self.optimizer, average, self.telemetry
         return CheckpointWriter(*given, when_complete)
 
     def train_step(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_hostile_checkpoints import edit_progress
 from torchvision.models import resnet18
 
 from magneto_dist.config_io import load_config
@@ -17,7 +18,7 @@ from magneto_dist.errors import InputError
 from magneto_dist.model.magneto import PRETRAINED_PARTS, build_model
 from magneto_dist.training.resume import initialise_from
 from magneto_dist.vocabulary import Vocabulary
-from processes import TINY, launch, losses, run, status, summary
+from processes import TINY, launch, losses, run, status, summary, validations
 
 STEPS = 14
 
@@ -105,6 +106,16 @@ def test_finished_run_gets_the_summary_that_a_kill_kept_from_it(
     output = run("train_ls.py", *options(demo_shards, run_dir))
     assert "gated output" in output
     assert summary(run_dir) == summary(finished)
+
+
+def test_an_evaluation_that_a_kill_kept_from_its_checkpoint_is_logged_once(
+    demo_shards: Path, finished: Path, run_dir: Path
+) -> None:
+    """The last step was saved when a signal came, its evaluation was logged by the next launch."""
+    edit_progress(run_dir / f"checkpoints/step-{STEPS:08d}", evaluated=False)
+    run("train_ls.py", *options(demo_shards, run_dir))
+    assert validations(run_dir) == validations(finished)
+    assert len(validations(run_dir)) == 1
 
 
 def test_refused_launch_leaves_a_finished_run_done(demo_shards: Path, run_dir: Path) -> None:

@@ -1,0 +1,35 @@
+"""DeepSpeed's files are pickles, and reading a pickle may run anything: so not before a look at it.
+
+torch lists what a file would call without calling it. Nothing may be on that list but what
+DeepSpeed puts into its own checkpoints.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from magneto_dist.errors import InputError
+
+_DEEPSPEEDS_OWN = frozenset[str]()
+
+
+def require_no_code(folder: Path) -> None:
+    """Checks every pickle in `folder`.
+
+    Raises:
+        InputError: one of them is damaged, or would call something else when it is read.
+    """
+    for path in sorted(folder.rglob("*.pt")):
+        try:
+            called = set(get_unsafe_globals_in_checkpoint(path))
+        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); use another checkpoint") from None
+        foreign = sorted(called - _DEEPSPEEDS_OWN)
+        if foreign:
+            raise InputError(
+                f"{path} would call {foreign[0]} when it is read, which DeepSpeed does not write:"
+                " somebody has put code there; nothing was run"
+            )
