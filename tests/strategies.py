@@ -22,7 +22,7 @@ from processes import REPOSITORY, TINY, losses, run
 
 STEPS = 50
 ELSEWHERE = 1e-4
-STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 GOLDEN = ("single", "ddp", "zero2")
 _LOSSES = Path(__file__).parent / "assets" / "losses"
 # 90 items make 5 full batches and one of 10 rows: on two ranks with two micro-batches of 4 rows
@@ -55,7 +55,7 @@ def train(strategy: str, data: Path, run_dir: Path, *more: str, steps: int = STE
     if strategy != "single":
         options.append("--train.max_micro_batch_size=4")
     through = []
-    if strategy.startswith("zero"):
+    if strategy.startswith(("zero", "fsdp")):
         config = REPOSITORY / "configs" / "accelerate" / f"{strategy}_cpu_2.yaml"
         through = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     ranks = 2 if strategy == "ddp" else 0

@@ -276,7 +276,7 @@ def load_optimizer(session: Session, folder: Path, model: nn.Module, optimizer: 
         path = folder / "optimizer.pt"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            optimizer.load_state_dict(state)  # moves it to where the weights are
+            session.load_optimizer_state(optimizer, state)
         except _UNREADABLE as error:
             reason = str(error).partition("\n")[0]
             raise InputError(

@@ -159,12 +159,16 @@ class CheckpointWriter:
             self._session.barrier()
             final = folder_of(Path(self._config.output_dir), progress.step)
             temporary = final.with_name(f".{final.name}.tmp")
-            weights = self._session.full_state(self._model)  # a collective in ZeRO-3
+            # Collectives where they are in parts.
+            weights = self._session.full_state(self._model)
+            optimizer = self._session.optimizer_state(self._optimizer)
             if self._session.is_deepspeed:
                 self._session.from_main(lambda: _named_errors(temporary, _start, temporary))
                 self._model.save_checkpoint(str(temporary), tag=DEEPSPEED)  # type: ignore[operator]
                 self._session.barrier()
-            self._session.from_main(lambda: self._begin(weights, progress, temporary, final))
+            self._session.from_main(
+                lambda: self._begin(weights, optimizer, progress, temporary, final)
+            )
             if not self._config.checkpoint.asynchronous:
                 self._session.from_main(self._finish_one_under_way)
 
@@ -183,9 +187,13 @@ class CheckpointWriter:
             under_way.result()
 
     def _begin(
-        self, weights: dict[str, Tensor], progress: Progress, temporary: Path, final: Path
+        self,
+        weights: dict[str, Tensor],
+        optimizer: dict[str, Any] | None,
+        progress: Progress,
+        temporary: Path,
+        final: Path,
     ) -> None:
-        optimizer = None if self._session.is_deepspeed else self._optimizer.state_dict()
         progress = replace(progress, scaler=self._session.scaler_state())
         state = {
             "weights": weights,

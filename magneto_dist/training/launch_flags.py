@@ -16,6 +16,12 @@ from magneto_dist.config import TrainConfig
 from magneto_dist.errors import InputError, ReportedError
 
 _UNSET = ("none", "auto")
+_NOT_IN_FSDP = {
+    "FSDP_OFFLOAD_PARAMS": "weights stay on the GPU; set fsdp_offload_params: false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "use --train.activation_checkpointing true instead",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "all processes share one model; leave it out",
+}
+"""What accelerate's files may ask of FSDP and ours does not do, and what to do instead."""
 
 
 def check_launch(config: TrainConfig, clip_norm: float | None, has_gpu: bool) -> None:
@@ -34,12 +40,8 @@ def check_launch(config: TrainConfig, clip_norm: float | None, has_gpu: bool) ->
     _warn_of_restarts()
     _check_precision(config, has_gpu)
     _check_accumulation(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"), "accelerate")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        ignored = "" if has_gpu else "; without a GPU accelerate would ignore it without a word"
-        raise refusal(
-            f"accelerate was configured for FSDP, which is not supported{ignored}: use DDP or"
-            " DeepSpeed ZeRO-3 (configs/accelerate/)"
-        )
+    if uses_fsdp():
+        _check_fsdp(config, trains=clip_norm is not None)
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if compiler.lower() != "no":
         raise refusal(
@@ -75,6 +77,37 @@ def uses_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
 
 
+def uses_fsdp() -> bool:
+    """Whether accelerate was told to train with FSDP."""
+    return _is_true("ACCELERATE_USE_FSDP")
+
+
+def fsdp_keeps_gathered() -> bool:
+    """Whether gathered weights stay until the backward pass (fsdp_reshard_after_forward: false)."""
+    return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
+
+
+def _check_fsdp(config: TrainConfig, *, trains: bool) -> None:
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise refusal(
+            f"accelerate was configured for FSDP version {version}: set fsdp_version: 2"
+            " (configs/accelerate/fsdp2_gpu_8.yaml)"
+        )
+    for name, instead in _NOT_IN_FSDP.items():
+        if _is_true(name):
+            raise refusal(f"accelerate was launched with {name}=true under FSDP: {instead}")
+    if trains and config.ema_decay:
+        raise refusal(
+            "--train.ema_decay needs whole weights on every process, and FSDP keeps them in parts:"
+            " use DDP or ZeRO-2, or set it to 0"
+        )
+
+
+def _is_true(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
 def _check_precision(config: TrainConfig, has_gpu: bool) -> None:
     launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched_with not in ("no", config.precision):
@@ -97,9 +130,10 @@ def _check_accumulation(given: object, who: str) -> None:
 def _check_comm_hook(hook: str) -> None:
     if hook == "none":
         return
-    if uses_deepspeed():
+    if uses_deepspeed() or uses_fsdp():
+        other = "DeepSpeed" if uses_deepspeed() else "FSDP"
         raise refusal(
-            f"--train.ddp_comm_hook {hook} is for DDP, and DeepSpeed moves gradients its own way:"
+            f"--train.ddp_comm_hook {hook} is for DDP, and {other} moves gradients its own way:"
             " set it to none"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

@@ -221,12 +221,12 @@ def _evaluate_and_save(job: Job, progress: Progress) -> Progress:
 
 
 def _settle_gradient_buckets(job: Job) -> None:
-    """A forward and backward of weight zero at every process start, where there are ranks.
+    """A forward and backward of weight zero at every process start, where DDP trains.
 
     DDP reorders its buckets after the first backward; without this a resumed run of three or more
     ranks would add gradients in another order than one that went on, and differ in the last bits.
     """
-    if job.session.world.num_ranks == 1 or job.session.is_deepspeed:
+    if not job.session.is_ddp:
         return
     batch = job.loader.empty_batch().to(job.session.device)
     counts = torch.ones(2, dtype=torch.float64, device=job.session.device)

@@ -1,8 +1,8 @@
 """Processes, devices and precision: the only file that imports accelerate.
 
 Accelerate owns the model, optimizer, precision and processes; we own the data (loaders and the
-schedule are never handed to `prepare`). What differs between one process, DDP and DeepSpeed is
-hidden here, so that the loop reads the same for all of them:
+schedule are never handed to `prepare`). What differs between one process, DDP, FSDP2 and DeepSpeed
+is hidden here, so that the loop reads the same for all of them:
 
 1. `Session(...)` joins the process group.
 2. `prepare` wraps model and optimizer.
@@ -23,11 +23,19 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DDPCommunicationHookType, DistributedType, broadcast_object_list
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from magneto_dist.config import TrainConfig
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.errors import ReportedError
-from magneto_dist.training.launch_flags import check_launch, refusal, uses_deepspeed
+from magneto_dist.training import fsdp
+from magneto_dist.training.launch_flags import (
+    check_launch,
+    fsdp_keeps_gathered,
+    refusal,
+    uses_deepspeed,
+    uses_fsdp,
+)
 from magneto_dist.world import World
 
 T = TypeVar("T")
@@ -59,6 +67,9 @@ class Session:
     def __init__(self, config: TrainConfig, clip_norm: float | None = None) -> None:
         has_gpu = torch.cuda.is_available()
         check_launch(config, clip_norm, has_gpu)
+        # fsdp.py does it, with or without a GPU; accelerate must not do it too.
+        wants_fsdp = uses_fsdp()
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
         if not has_gpu:  # DeepSpeed, imported by accelerate, would warn of what it guesses
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             # torchrun's and accelerate's default, too. Alone, torch would take all cores, and
@@ -101,6 +112,7 @@ class Session:
             rank_of_node=self._accelerator.local_process_index,
             ranks_per_node=ranks_per_node,
         )
+        self._is_sharded = wants_fsdp and self.world.num_ranks > 1
         self._gradient_scale = float(self.world.num_ranks)
         self._clip_norm = clip_norm or 0.0
         self._comm_hook = config.ddp_comm_hook
@@ -120,10 +132,21 @@ class Session:
         """Whether DeepSpeed holds optimizer state (and, in ZeRO-3, the weights) in parts."""
         return self._accelerator.distributed_type == DistributedType.DEEPSPEED
 
+    @property
+    def is_ddp(self) -> bool:
+        """Whether DDP adds up the gradients."""
+        return self.world.num_ranks > 1 and not (self.is_deepspeed or self._is_sharded)
+
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, plan: BatchPlan
     ) -> tuple[nn.Module, Any]:
         """Model and optimizer on this process's device, wrapped for its way of training."""
+        if self._is_sharded:
+            # "Evaluation": on the device and under autocast, but not wrapped in DDP.
+            model = self._accelerator.prepare_model(model, evaluation_mode=True)
+            keep_gathered = fsdp_keeps_gathered()
+            fsdp.shard(model, optimizer, self.world.num_ranks, keep_gathered=keep_gathered)
+            return model, self._accelerator.prepare_optimizer(optimizer)
         if self.is_deepspeed:
             # It reads the weights as flat bytes, which channels-last ones are not.
             model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -150,7 +173,9 @@ class Session:
     def micro_step(self, model: nn.Module, *, is_last: bool) -> Iterator[None]:
         """Forward and backward of one micro-batch; gradients travel in the last one of a step."""
         self._is_last = is_last
-        if is_last or self.is_deepspeed:
+        if self._is_sharded:
+            model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+        if is_last or self.is_deepspeed or self._is_sharded:
             yield
         else:
             with self._accelerator.no_sync(model):
@@ -159,8 +184,8 @@ class Session:
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of this micro-batch's part of the global loss.
 
-        The parts of all ranks and micro-steps sum to the global loss; DDP and DeepSpeed average
-        over ranks, so that the loss is multiplied by their number first.
+        The parts of all ranks and micro-steps sum to the global loss; DDP, FSDP2 and DeepSpeed
+        average over ranks, so that the loss is multiplied by their number first.
         """
         loss = loss * self._gradient_scale
         if self.is_deepspeed:
@@ -175,6 +200,7 @@ class Session:
         norm = None
         if self._clip_norm > 0 and not self.is_deepspeed:
             norm = self._accelerator.clip_grad_norm_(model.parameters(), self._clip_norm)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         optimizer.step()
         optimizer.zero_grad()
         return OptimizerStep(norm, bool(optimizer.step_was_skipped))  # known on the CPU already
@@ -216,15 +242,32 @@ class Session:
     def full_state(self, model: nn.Module) -> dict[str, Tensor]:
         """The whole weights by name, where they are.
 
-        In ZeRO-3 a collective, and empty but on the main process.
+        In ZeRO-3 and FSDP2 a collective, and empty but on the main process.
         """
+        if self._is_sharded:
+            return fsdp.gathered(model.state_dict(), keep=self.is_main)
         state: Any = self._accelerator.get_state_dict(model, unwrap=True) or {}
         return {name: tensor.detach() for name, tensor in state.items()}
 
     def held_state(self, model: nn.Module) -> list[Tensor]:
-        """Weights and buffers, as far as this process holds them: in ZeRO-3 its part of each."""
+        """Weights and buffers as this process holds them: in ZeRO-3 and FSDP2 its part of each."""
         weights = [getattr(weight, "ds_tensor", weight) for weight in model.parameters()]
+        weights = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
         return [tensor.detach() for tensor in (*weights, *model.buffers())]
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any] | None:
+        """The whole state of the optimizer; None: DeepSpeed keeps its own.
+
+        In FSDP2 a collective, and empty but on the main process.
+        """
+        if self.is_deepspeed:
+            return None
+        state = optimizer.state_dict()
+        return fsdp.gathered(state, keep=self.is_main) if self._is_sharded else state
+
+    def load_optimizer_state(self, optimizer: Any, state: dict[str, Any]) -> None:
+        """Restores `optimizer_state`, of any number of ranks, to where the weights are."""
+        optimizer.load_state_dict(fsdp.scattered(state, optimizer) if self._is_sharded else state)
 
     def scaler_state(self) -> dict[str, Any]:
         """State of the fp16 loss scaler; empty without one."""

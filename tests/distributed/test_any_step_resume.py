@@ -32,10 +32,13 @@ class Strategy:
     ranks: int = 1
     zero_stage: int = 0
     """0: no DeepSpeed."""
+    fsdp: bool = False
 
     @property
     def environment(self) -> dict[str, str]:
         """What `accelerate launch` would say."""
+        if self.fsdp:
+            return {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         if not self.zero_stage:
             return {}
         return {
@@ -66,7 +69,7 @@ class Trainer:
             "--optim.schedule=plateau",
             "--optim.plateau_patience=1",
             "--optim.lr=0.05",
-            "--train.ema_decay=0.9",
+            f"--train.ema_decay={0 if self.strategy.fsdp else 0.9}",
             "--data.ledger=true",
             "--checkpoint.every_steps=1",
             "--checkpoint.keep=1000",
@@ -106,12 +109,15 @@ class Trainer:
 
     def _forwards(self, name: str, rank: int) -> list[dict[str, str]]:
         forwards = forwards_of(self.folder / f"{name}-forwards" / f"{rank}.jsonl")
-        settles_buckets = self.strategy.ranks > 1 and not self.strategy.zero_stage
+        strategy = self.strategy
+        settles_buckets = strategy.ranks > 1 and not (strategy.zero_stage or strategy.fsdp)
         return forwards[settles_buckets:]  # the first is of weight zero, at every start
 
 
 def assert_same_checkpoint(ours: Path, theirs: Path) -> None:
-    for weights in ("model.safetensors", "ema.safetensors"):
+    all_weights = sorted(path.name for path in theirs.glob("*.safetensors"))
+    assert "model.safetensors" in all_weights
+    for weights in all_weights:
         assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
     files = sorted(path.relative_to(theirs) for path in theirs.rglob("*.pt"))
     assert files
@@ -171,6 +177,7 @@ def test_some_steps(
         (Strategy("zero1-2", 2, zero_stage=1), 5),
         (Strategy("zero2-2", 2, zero_stage=2), 5),
         (Strategy("ddp-4", 4), 5),
+        (Strategy("fsdp2-2", 2, fsdp=True), 5),
     ],
     ids=lambda value: getattr(value, "name", f"every-{value}"),
 )

@@ -36,7 +36,7 @@ def launch_with_file(monkeypatch: pytest.MonkeyPatch, path: Path, settings: obje
         ("GRADIENT_ACCUMULATION_STEPS", "2", "2 gradient accumulation steps"),
         ("GRADIENT_CLIPPING", "1.0", "clipping 1.0.*--optim.clip_norm 0.5"),
         ("GRADIENT_CLIPPING", "much", "clipping much.*--optim.clip_norm 0.5"),
-        ("USE_FSDP", "true", "configured for FSDP, which is not supported: use DDP"),
+        ("USE_FSDP", "true", "configured for FSDP version 1: set fsdp_version: 2"),
         ("DEEPSPEED_CONFIG_FILE", "/nowhere.json", "/nowhere.json cannot be read"),
     ],
 )
@@ -117,10 +117,40 @@ def test_comm_hooks_are_for_ddp(
         check_launch(config, 0.5, has_gpu=True)
 
 
-def test_fsdp_that_accelerate_would_ignore_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("FSDP_OFFLOAD_PARAMS", "set fsdp_offload_params: false"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "use --train.activation_checkpointing true"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "leave it out"),
+    ],
+)
+def test_what_fsdp_does_not_do_here_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match=r"configured for FSDP.*without a word: use DDP"):
-        check_launch(TrainConfig(), 0.5, has_gpu=False)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_launch(TrainConfig(), 0.5, has_gpu=False)
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(InputError, match=f"{name}=true under FSDP: .*{said}"):
+        check_launch(TrainConfig(), 0.5, has_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (TrainConfig(ema_decay=0.9), "--train.ema_decay needs whole weights"),
+        (TrainConfig(ddp_comm_hook="fp16"), "fp16 is for DDP, and FSDP moves"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused_under_fsdp(
+    monkeypatch: pytest.MonkeyPatch, config: TrainConfig, said: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_launch(config, None, has_gpu=False)  # scoring a run that was trained with it
+    with pytest.raises(InputError, match=said):
+        check_launch(config, 0.5, has_gpu=False)
 
 
 @pytest.mark.parametrize(
