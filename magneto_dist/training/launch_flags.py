@@ -117,6 +117,11 @@ def _check_precision(config: TrainConfig, has_gpu: bool) -> None:
         )
     if config.precision == "fp16" and not has_gpu:
         raise refusal("--train.precision fp16 needs a GPU; on CPU use bf16 or no")
+    if config.precision == "fp16" and uses_deepspeed():
+        raise refusal(
+            "--train.precision fp16 is for DDP; with DeepSpeed use bf16, or no (its loss scaling"
+            " does not tell of the steps that it skips)"
+        )
 
 
 def _check_accumulation(given: object, who: str) -> None:
@@ -174,10 +179,10 @@ def _check_deepspeed_file(config: TrainConfig, clip_norm: float | None) -> None:
     for precision in ("fp16", "bf16"):
         section = settings.get(precision)
         enabled = section.get("enabled") if isinstance(section, dict) else None
-        if not _is_unset(enabled) and bool(enabled) != (config.precision == precision):
+        if not _is_unset(enabled) and bool(enabled):
             raise refusal(
-                f"{who} says {precision} enabled {str(enabled).lower()}, our configuration says"
-                f" --train.precision {config.precision}: set it in our configuration alone"
+                f"{who} says {precision} enabled true, our configuration says --train.precision"
+                f" {config.precision}: set it in our configuration alone"
             )
 
 

@@ -13,7 +13,12 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from magneto_dist.errors import InputError
 
-_DEEPSPEEDS_OWN = frozenset[str]()
+_DEEPSPEEDS_OWN = {
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 
 
 def require_no_code(folder: Path) -> None:

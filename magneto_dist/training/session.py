@@ -88,7 +88,8 @@ class Session:
             backend = "nccl" if has_gpu else "gloo"
             handlers.append(InitProcessGroupKwargs(backend=backend))
         self._accelerator = Accelerator(
-            mixed_precision=config.precision,
+            # DeepSpeed's own autocast, see `prepare`.
+            mixed_precision="no" if uses_deepspeed() else config.precision,
             # accelerate's DeepSpeed path must not be told that it is on CPU.
             cpu=False if uses_deepspeed() else not has_gpu,
             step_scheduler_with_optimizer=False,
@@ -115,7 +116,7 @@ class Session:
         self._is_sharded = wants_fsdp and self.world.num_ranks > 1
         self._gradient_scale = float(self.world.num_ranks)
         self._clip_norm = clip_norm or 0.0
-        self._comm_hook = config.ddp_comm_hook
+        self._comm_hook, self._precision = config.ddp_comm_hook, config.precision
 
     @property
     def device(self) -> torch.device:
@@ -160,6 +161,13 @@ class Session:
                 # Unless told otherwise DeepSpeed clips to norm 1; 0 is off.
                 gradient_clipping=self._clip_norm,
             )
+            # accelerate would have DeepSpeed hold weights in half precision and compute all in it.
+            # So weights and what travels stay as they are, and autocast decides, as in DDP.
+            plugin.deepspeed_config["torch_autocast"] = {
+                "enabled": self._precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            }
             # ZeRO-3 gives the whole weights away on demand alone ("16bit": in the dtype they have).
             plugin.deepspeed_config.setdefault("zero_optimization", {}).update(
                 stage3_gather_16bit_weights_on_model_save=True

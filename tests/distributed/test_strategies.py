@@ -58,6 +58,21 @@ def test_two_ranks_that_accumulate_equal_one_process(
     assert moved.abs().max() > 1e-4  # so that agreement to 1e-6 says something
 
 
+def test_bf16_of_deepspeed_is_that_of_autocast(
+    run_of: Callable[[str], Path], demo_shards: Path, tmp_path: Path
+) -> None:
+    bf16 = "--train.precision=bf16"
+    for strategy in ("single", "zero2"):
+        train(strategy, demo_shards, tmp_path / strategy, bf16, steps=5)
+    state, expected = weights(tmp_path / "zero2", 5), weights(tmp_path / "single", 5)
+    float32 = weights(run_of("single"), 5)
+    for name in ("tag_head.weight", "image_head.weight"):
+        assert state[name].dtype == torch.float32
+        # Alike, and nothing like as near to float32.
+        rounding = (expected[name] - float32[name]).abs().max()
+        assert (state[name] - expected[name]).abs().max() < rounding, name
+
+
 @pytest.mark.parametrize("strategy", GOLDEN)
 def test_losses_have_not_moved(run_of: Callable[[str], Path], strategy: str) -> None:
     known, exact = known_losses(strategy)

@@ -59,8 +59,7 @@ def test_flags_that_contradict_are_refused(
         ({"gradient_clipping": 1.0}, "no", "clipping 1.0.*--optim.clip_norm 0.5"),
         ({"gradient_clipping": 0}, "no", "clipping 0,"),
         ({"fp16": {"enabled": True}}, "no", "fp16 enabled true.*--train.precision no"),
-        ({"bf16": {"enabled": True}}, "fp16", "bf16 enabled true.*--train.precision fp16"),
-        ({"bf16": {"enabled": False}}, "bf16", "bf16 enabled false.*--train.precision bf16"),
+        ({"bf16": {"enabled": True}}, "bf16", "bf16 enabled true.*--train.precision bf16"),
         ({"gradient_accumulation_steps": 4}, "no", "4 gradient accumulation steps"),
         ([], "no", "no JSON object"),
     ],
@@ -80,9 +79,9 @@ def test_deepspeed_files_that_contradict_are_refused(
 @pytest.mark.parametrize(
     ("settings", "precision"),
     [
-        ({"zero_optimization": {"stage": 2}}, "fp16"),
-        ({"gradient_clipping": "auto", "fp16": {"enabled": "auto"}}, "fp16"),
-        ({"gradient_clipping": 0.5, "fp16": {"enabled": True}, "bf16": {"enabled": False}}, "fp16"),
+        ({"zero_optimization": {"stage": 2}}, "no"),
+        ({"gradient_clipping": "auto", "fp16": {"enabled": "auto"}}, "no"),
+        ({"gradient_clipping": 0.5, "bf16": {"enabled": False}}, "bf16"),
         ({"gradient_accumulation_steps": 1, "bf16": {"loss_scale": 0}}, "no"),
     ],
 )
@@ -93,6 +92,13 @@ def test_deepspeed_files_that_agree_are_taken(
     for name, value in (("GRADIENT_CLIPPING", "auto"), ("DYNAMO_BACKEND", "NO")):
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     check_launch(TrainConfig(precision=precision), 0.5, has_gpu=True)
+
+
+def test_fp16_is_refused_under_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_launch(TrainConfig(precision="fp16"), 0.5, has_gpu=True)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match="fp16 is for DDP; with DeepSpeed use bf16"):
+        check_launch(TrainConfig(precision="fp16"), 0.5, has_gpu=True)
 
 
 def test_clipping_does_not_matter_where_nothing_is_trained(
