@@ -51,6 +51,16 @@ def test_it_equals_one_process_in_float64(
     assert_final_weights_agree(tmp_path / "many", tmp_path / "one")
 
 
+@pytest.mark.slow
+def test_it_compiles(warm: Warm, demo_shards: Path, tmp_path: Path) -> None:
+    more = ["--model.kind=tf-t", "--max_steps=3"]
+    warm.run("train_ls.py", *options(demo_shards, tmp_path / "one", *more))
+    more += ["--train.compile=true", "--train.max_micro_batch_size=4"]
+    given = options(demo_shards, tmp_path / "many", *more)
+    warm.run("train_ls.py", *given, ranks=2, environment=FSDP2)
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
 def test_parts_and_an_overflow_on_one_rank(warm: Warm, tmp_path: Path) -> None:
     worker = Path(__file__).with_name("fsdp_worker.py")
     warm.run(str(worker), str(tmp_path), ranks=2, environment=FSDP2)

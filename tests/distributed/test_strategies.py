@@ -94,10 +94,13 @@ def test_a_loss_that_moves_is_noticed(strategy: str) -> None:
 
 
 @pytest.mark.slow
-def test_zero_3_saves_no_weights_that_are_not_finite(demo_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_no_weights_in_parts_are_saved_that_are_not_finite(
+    demo_shards: Path, tmp_path: Path, strategy: str
+) -> None:
     too_fast = ["--optim.lr=1e38", "--optim.weight_decay=1e10"]
     with pytest.raises(AssertionError, match="left weights not finite"):
-        train("zero3", demo_shards, tmp_path / "run", *too_fast, steps=1)
+        train(strategy, demo_shards, tmp_path / "run", *too_fast, steps=1)
     assert status(tmp_path / "run")["state"] == "failed"
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
