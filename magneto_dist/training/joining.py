@@ -13,8 +13,12 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch
-from torch.distributed import DistNetworkError, DistStoreError
-from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import (
+    DistNetworkError,
+    DistStoreError,
+    PrefixStore,  # type: ignore[attr-defined]
+    Store,  # type: ignore[attr-defined]
+)
 from torch.distributed.rendezvous import rendezvous
 
 from magneto_dist.errors import InputError
