@@ -107,12 +107,13 @@ def test_a_job_that_is_stopped_and_continued_as_a_whole_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_torchrun_starts_all_anew_when_a_rank_is_stopped(demo_shards: Path, tmp_path: Path) -> None:
     meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *meeting]
     variables = ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=2"]
     through = ["env", *variables, *torchrun, "--max-restarts=1", "--monitor-interval=0.2"]
-    command = options(demo_shards, tmp_path, "--max_steps=300", "--train.epochs=99")
+    command = options(demo_shards, tmp_path, "--max_steps=40", "--train.epochs=99")
     process = launch("train_ls.py", *command, through=through)
     try:
         wait_for_logged_step(process, tmp_path, 6)
@@ -124,4 +125,4 @@ def test_torchrun_starts_all_anew_when_a_rank_is_stopped(demo_shards: Path, tmp_
     assert process.returncode == 0, output
     assert output.count("rank 1 of 2 (at step ") == 1
     assert status(tmp_path)["state"] == "done"
-    assert list(losses(tmp_path)) == list(range(1, 301))
+    assert list(losses(tmp_path)) == list(range(1, 41))
