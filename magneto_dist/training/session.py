@@ -7,7 +7,7 @@ hidden here, so that the loop reads the same for all of them:
 1. `Session(...)` joins the process group.
 2. `prepare` wraps model and optimizer.
 3. `micro_step` + `backward` + `step` are one optimizer step.
-4. `reduce_sum` and `from_main` are the only communication that others ask for.
+4. `reduce_sum`, `gather`, `from_main` and `on_all` are all communication that others ask for.
 """
 
 from __future__ import annotations
@@ -17,17 +17,25 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DDPCommunicationHookType, DistributedType, broadcast_object_list
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedType,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 
 from magneto_dist.config import TrainConfig
 from magneto_dist.data.order import BatchPlan
-from magneto_dist.errors import ReportedError
+from magneto_dist.errors import InputError, ReportedError
+from magneto_dist.training.joining import check_together
 from magneto_dist.training.launch_flags import check_launch, refusal, uses_deepspeed
+from magneto_dist.training.ranks import joint_error
 from magneto_dist.world import World
 
 T = TypeVar("T")
@@ -52,13 +60,15 @@ class Session:
         clip_norm: largest global gradient norm, 0: no clipping; None: nothing will be trained.
 
     Raises:
-        InputError: the precision or a flag of the process launcher does not fit this machine or
-            contradicts our configuration.
+        InputError: the precision or a flag of the process launcher does not fit the machine or
+            contradicts our configuration, on this rank or any other.
     """
 
     def __init__(self, config: TrainConfig, clip_norm: float | None = None) -> None:
         has_gpu = torch.cuda.is_available()
-        check_launch(config, clip_norm, has_gpu)
+        # Held till the group is there, as it may serve those who still come.
+        store = check_together(lambda: check_launch(config, clip_norm, has_gpu))
+        wait_s = max(1800.0, 4 * config.collective_timeout_s)  # after the watchdog's patience
         if not has_gpu:  # DeepSpeed, imported by accelerate, would warn of what it guesses
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             # torchrun's and accelerate's default, too. Alone, torch would take all cores, and
@@ -75,7 +85,7 @@ class Session:
         ]
         if "WORLD_SIZE" in os.environ:  # alone, accelerate would ask a group that is not there
             backend = "nccl" if has_gpu else "gloo"
-            handlers.append(InitProcessGroupKwargs(backend=backend))
+            handlers.append(InitProcessGroupKwargs(backend, timeout=timedelta(seconds=wait_s)))
         self._accelerator = Accelerator(
             # DeepSpeed's own autocast, see `prepare`.
             mixed_precision="no" if uses_deepspeed() else config.precision,
@@ -84,6 +94,7 @@ class Session:
             step_scheduler_with_optimizer=False,
             kwargs_handlers=handlers,
         )
+        del store
         plugin = self._accelerator.state.deepspeed_plugin
         if (
             clip_norm is not None
@@ -212,6 +223,31 @@ class Session:
         if box[1] is not None:
             raise ReportedError(box[1])
         return box[0]
+
+    def on_all(self, make: Callable[[], T]) -> T:
+        """Runs `make`, which has no collective, on every rank and gives each its own result.
+
+        Raises:
+            InputError: where `make` raised anything on any rank, on all of them the same, so that
+                none waits; a rank that met something else than an InputError raises that itself.
+        """
+        result: Any = None
+        failure: Exception | None = None
+        try:
+            result = make()
+        except Exception as error:
+            failure = error
+        said = "" if failure is None else str(failure) or type(failure).__name__
+        error = joint_error(self.gather(said), is_main=self.is_main)
+        if failure is not None and not isinstance(failure, InputError):
+            raise failure
+        if error is not None:
+            raise error
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """The (picklable) values of all ranks, by rank; every rank must call it."""
+        return gather_object([value])  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Waits for all ranks."""
