@@ -5,8 +5,8 @@ python benchmarks/gpu.py --photos FOLDER_OF_JPEGS --work FOLDER
 python benchmarks/gpu.py --photos FOLDER_OF_JPEGS --dry_run      # on CPU, tiny: does it all work?
 
 shards     a data set of 500 x 375 photographs, with as many tags as LS has (kept in --work)
-train_*    configs/ls.yaml through launchers/train_ls.py, by precision and decoder: images/s, waiting
-           for data, memory of the device, time that checkpoints take, loss, skipped steps
+train_*    configs/ls.yaml through launchers/train_ls.py, by precision and decoder: images/s,
+           waiting for data, memory of the device, time that checkpoints take, loss, skipped steps
 decoders   dali_gpu beside cpu: pictures/s, and how far their pixels differ
 memory     benchmarks/memory.py --measured: the allocator beside what is predicted
 loader_*   benchmarks/loader.py with dali_gpu, without and with AutoAugment

@@ -30,12 +30,22 @@ from magneto_dist.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 LARGEST_DIFFERENCE = 2.0  # of 255, between decoders, before the policy
-SMALL = """
-    --augment.image_size 32 --tags.max_tags 12 --model.d_model 16 --model.num_heads 2
-    --model.d_ff 32 --model.image_layers 1 --model.tag_layers 1 --model.backbone resnet18
-    --model.backbone_stages 2 --model.frozen_stages 1 --model.batch_norm_group_size 4
-    --train.global_batch_size 16 --data.num_workers 0 --data.num_streams 4
-""".split()
+SMALL = {
+    "augment.image_size": 32,
+    "tags.max_tags": 12,
+    "model.d_model": 16,
+    "model.num_heads": 2,
+    "model.d_ff": 32,
+    "model.image_layers": 1,
+    "model.tag_layers": 1,
+    "model.backbone": "resnet18",
+    "model.backbone_stages": 2,
+    "model.frozen_stages": 1,
+    "model.batch_norm_group_size": 4,
+    "train.global_batch_size": 16,
+    "data.num_workers": 0,
+    "data.num_streams": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -135,11 +145,12 @@ def _train(work: Path, precision: str, decoder: str, steps: int, dry_run: bool) 
         "checkpoint.every_steps": max(1, steps // 4),
         "log.every_steps": max(1, steps // 20),
         "log.pictures": 0,
+        **(SMALL if dry_run else {}),
     }
     return Part(
         name,
         f"LS training, {precision}, decoder {decoder}, {steps} steps",
-        (f"{ROOT}/launchers/train_ls.py", *options, *_options(**settings), *SMALL * dry_run),
+        (f"{ROOT}/launchers/train_ls.py", *options, *_options(**settings)),
         120,
         run_dir,
         read_run,
@@ -187,7 +198,7 @@ def _loader(photos: Path, work: Path, policy: bool, dry_run: bool) -> Part:
         "loader alone",
         (f"{ROOT}/benchmarks/loader.py", *_options(photos=photos, folder=work, out=out),
          *chosen, *["--policy"] * policy),
-        90,
+        150,
         out.with_suffix(".json"),
         read_benchmark,
     )  # fmt: skip
@@ -201,7 +212,7 @@ def _tests(work: Path, dry_run: bool) -> Part:
     return Part(
         "tests",
         "tests that need a GPU",
-        ("-m", "pytest", *chosen, "-n", "0", "-q", f"--junitxml={report}", "--rootdir", str(ROOT)),
+        ("-m", "pytest", *chosen, "-n", "0", "-q", f"--junitxml={report}"),
         120,
         report,
         read_tests,

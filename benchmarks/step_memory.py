@@ -1,13 +1,13 @@
 """The memory of one training step, predicted on any machine or measured on a GPU.
 
 1. `training_job` puts together what `training.loop.train_step` works with, from the real parts.
-2. `predict` takes two steps of it on fake tensors (shapes and dtypes without memory) of a GPU that
-   need not be there, and has torch's `MemTracker` add up what lives at the same time.
+2. `predict` takes two steps of it on fake tensors (shapes and dtypes without memory), and has
+   torch's `MemTracker` add up what lives at the same time.
 3. `measure` takes the same steps on this machine's GPU and asks torch's allocator.
 
-What the tracker sees are the tensors that enter and leave an operator, each rounded up to the 512
-bytes of the CUDA allocator. It does not see what a kernel takes for itself while it runs (workspaces
-of cuDNN and cuBLAS), nor what the allocator holds beyond its tensors, nor the CUDA context.
+What the tracker sees are the tensors that enter and leave an operator. It does not see what a
+kernel takes for itself while it runs (workspaces of cuDNN and cuBLAS), nor what the allocator holds
+beyond its tensors, nor the CUDA context.
 """
 
 from __future__ import annotations
@@ -385,9 +385,7 @@ def _total(snapshot: Mapping[Any, int]) -> int:
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes, as the CUDA allocator rounds them."""
-    size = tensor.numel() * tensor.itemsize
-    return -(-size // 512) * 512
+    return tensor.numel() * tensor.itemsize
 
 
 # Measured ---------------------------------------------------------------------------------------

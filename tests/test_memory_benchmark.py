@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +38,8 @@ CONFIG = Config(
         tag_layers=1,
         image_layers=1,
         backbone="resnet18",
+        backbone_stages=3,
+        frozen_stages=2,
         batch_norm_group_size=8,
     ),
     train=TrainConfig(global_batch_size=32, max_micro_batch_size=16),
@@ -51,39 +54,47 @@ def peak_of_allocations(call: Callable[[], object]) -> int:
     """Most bytes that torch's CPU allocator has given out at once during `call`, by its own count.
 
     The profiler is told of every allocation by the allocator itself; the tracker listens to
-    operators. They share nothing.
+    operators. They share nothing. Left out is what oneDNN takes for itself inside the backward pass
+    of a convolution, which no tensor shows.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
     results = profiled.profiler.kineto_results  # type: ignore[union-attr]
-    events, changes = list(results.experimental_event_tree()), []
+    changes = []
+    events = [(event, "") for event in results.experimental_event_tree()]
     while events:
-        event = events.pop()
-        events += event.children
+        event, parent = events.pop()
+        events += [(child, event.name) for child in event.children]
         if event.tag.name == "Allocation":
-            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+            fields = event.extra_fields
+            changes.append((event.start_time_ns, fields.ptr, fields.alloc_size, parent))
     held = peak = 0
-    for _, change in sorted(changes, key=lambda found: found[0]):
-        held += change
-        peak = max(peak, held)
+    workspaces = set()
+    for _, address, change, parent in sorted(changes, key=lambda found: found[0]):
+        if change > 0 and parent == "aten::convolution_backward":
+            workspaces.add(address)
+        elif change < 0 and address in workspaces:
+            workspaces.remove(address)
+        else:
+            held += change
+            peak = max(peak, held)
     return peak
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("recomputes", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_prediction_is_what_a_cpu_allocates(recomputes):
     config = with_train(activation_checkpointing=recomputes)
-
     batches = noise(config, NUM_TAGS)
-
-    def train() -> None:
-        model = model_of(config, NUM_TAGS)
-        optimizer = build_optimizer(model, config.optim)
-        session = BareSession(torch.device("cpu"), model)
-        take_steps(training_job(config, session, model, optimizer), batches)
-
-    predicted = predict(config, NUM_TAGS, as_gpu=False)
-    found = peak_of_allocations(train)
-    assert predicted.peak - predicted.batch == pytest.approx(found, rel=0.03)
+    model = model_of(config, NUM_TAGS)
+    with torch.no_grad():
+        model(**batches[0][0].inputs())  # folds the frozen stages
+    gc.collect()
+    optimizer = build_optimizer(model, config.optim)
+    job = training_job(config, BareSession(torch.device("cpu"), model), model, optimizer)
+    found = peak_of_allocations(lambda: take_steps(job, batches))
+    parts = predict(config, NUM_TAGS, as_gpu=False).parts()
+    made = ("gradients", "momentum", "activations", "temporaries")
+    assert sum(parts[name] for name in made) == pytest.approx(found, rel=0.03)
 
 
 def test_forward_keeps_what_torch_keeps_on_fakes_of_a_gpu():
@@ -92,6 +103,7 @@ def test_forward_keeps_what_torch_keeps_on_fakes_of_a_gpu():
     assert as_predicted == pytest.approx(by_torch, rel=0.01)
 
 
+@pytest.mark.slow
 def test_parts_of_a_prediction_add_up_and_are_what_the_settings_make_them():
     whole = predict(with_train(max_micro_batch_size=32), NUM_TAGS)
     cut = predict(CONFIG, NUM_TAGS)
@@ -100,7 +112,7 @@ def test_parts_of_a_prediction_add_up_and_are_what_the_settings_make_them():
     trained = [p for p in model.parameters() if p.requires_grad]
     for memory in (whole, cut, half):
         assert memory.momentum == memory.trained_parameters == memory.all_gradients
-        assert memory.trained_parameters == pytest.approx(4 * sum(p.numel() for p in trained), 0.02)
+        assert memory.trained_parameters == 4 * sum(p.numel() for p in trained)
         assert 0 <= memory.gradients <= memory.all_gradients
         assert 0 < memory.folded_copy <= memory.frozen_parameters
         assert min(memory.parts().values()) >= 0
