@@ -122,7 +122,7 @@ def _save(outcome: Outcome, part: Part, name: str, work: Path, results: Path) ->
 
 def _headline(result: dict) -> str:
     """The plain numbers of a result, in one line."""
-    numbers = {k: v for k, v in result.items() if isinstance(v, bool | int | float | str)}
+    numbers = {k: v for k, v in result.items() if isinstance(v, bool | int | float)}
     return ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in numbers.items()

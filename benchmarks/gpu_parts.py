@@ -175,7 +175,7 @@ def _memory(work: Path, dry_run: bool) -> Part:
     out = work / "memory"
     chosen = ["--measured", "--limit", "--quick", "--precisions", "fp16"]
     if dry_run:
-        chosen = [*_options(config=ROOT / "configs" / "demo.yaml", num_tags=50), "--quick"]
+        chosen = [*_options(config="configs/demo.yaml", num_tags=50), "--quick"]
         chosen += ["--precisions", "no", "--micro_batches", "16", "--checkpointing", "no"]
     return Part(
         "memory",

@@ -93,7 +93,10 @@ def main() -> None:
     if given.measured:
         limit = budget - ASSUMED["CUDA context"][0] if given.limit else None
         for case, row in zip(cases, rows, strict=True):
-            row["measured"] = asdict(_measure_alone(case.of(config), given.num_tags, limit))
+            snapshot = given.snapshots and str(given.snapshots / f"{case}.pickle")
+            row["measured"] = asdict(
+                _measure_alone(case.of(config), given.num_tags, limit, snapshot)
+            )
     _print(rows, largest, given.budget_gb)
     if given.out:
         measured = {
@@ -114,7 +117,9 @@ def _options() -> argparse.ArgumentParser:
     assumed = "\n".join(f"  {name}: {b / 1e6:.0f} MB; {why}" for name, (b, why) in ASSUMED.items())
     fragmentation = f"  fragmentation: {FRAGMENTATION:.0%} of what tensors take"
     options = parser(f"{__doc__}{assumed}\n{fragmentation}", timed=False)
-    options.add_argument("--config", type=Path, default=Path("configs/ls.yaml"))
+    options.add_argument(
+        "--config", type=Path, default=Path("configs/ls.yaml"), help="(default: LS)"
+    )
     options.add_argument(
         "--num_tags", type=int, default=24_056, help="of the vocabulary (default: 24056, LS)"
     )
@@ -122,14 +127,21 @@ def _options() -> argparse.ArgumentParser:
         "--micro_batches", type=int, nargs="+", default=[64, 128, 256], help="(default: 64 128 256)"
     )
     options.add_argument(
-        "--precisions", nargs="+", default=["fp16", "no"], choices=("no", "fp16", "bf16")
+        "--precisions",
+        nargs="+",
+        default=["fp16", "no"],
+        choices=("no", "fp16", "bf16"),
+        help="(default: fp16 no)",
     )
-    options.add_argument("--checkpointing", choices=("no", "yes", "both"), default="both")
+    options.add_argument(
+        "--checkpointing", choices=("no", "yes", "both"), default="both", help="(default: both)"
+    )
     options.add_argument(
         "--budget_gb", type=float, default=10.5, help="1e9 bytes of the GPU (default: 10.5)"
     )
     options.add_argument("--quick", action="store_true", help="do not look for the largest")
     options.add_argument("--measured", action="store_true", help="also on this machine's GPU")
+    options.add_argument("--snapshots", type=Path, help="folder for the allocator's history")
     options.add_argument("--limit", action="store_true", help="with --measured: no more memory")
     return options
 
@@ -197,10 +209,12 @@ def largest_fit(
     }
 
 
-def _measure_alone(config: Config, num_tags: int, limit: int | None) -> Measured:
+def _measure_alone(
+    config: Config, num_tags: int, limit: int | None, snapshot: str | None
+) -> Measured:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(measure, config, num_tags, limit).result()
+        return process.submit(measure, config, num_tags, limit, snapshot).result()
 
 
 # Shown ------------------------------------------------------------------------------------------

@@ -426,13 +426,22 @@ def measure(
     optimizer = build_optimizer(model, config.optim)
     wrapped, optimizer = session.prepare(model, optimizer, plan_of(config))
     job, batches = training_job(config, session, wrapped, optimizer), noise(config, num_tags)
-    ran_out = _runs_out(lambda: take_steps(job, batches))
+    ran_out = _runs_out(lambda: _train_with_momentum(job, batches))
     torch.cuda.synchronize()
     if snapshot:
         torch.cuda.memory._dump_snapshot(snapshot)
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     in_use = total - torch.cuda.mem_get_info()[0]  # by everybody on this GPU
     return Measured(allocated, reserved, in_use - torch.cuda.memory_reserved(), ran_out)
+
+
+def _train_with_momentum(job: Job, batches: Sequence[Sequence[Batch]]) -> None:
+    """fp16 skips steps until its loss scale fits; before the first real one is no momentum."""
+    for _ in range(20):
+        has_momentum = bool(job.optimizer.state)
+        take_steps(job, batches)
+        if has_momentum:
+            return
 
 
 def _runs_out(call: Callable[[], object]) -> bool:
