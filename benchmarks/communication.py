@@ -2,16 +2,16 @@
 
 python benchmarks/communication.py --out communication
 
-1. Traffic: bytes per optimizer step and rank of every strategy, measured in real training runs of 2
-   and 4 processes on gloo, against formulas. `payload` is what collectives are handed, `socket` what
-   the kernel sent; a ring is what a rank would send of the payload at best.
+1. Traffic: bytes per optimizer step and rank of every strategy, measured in real training runs of
+   2 and 4 processes on gloo, against formulas: what collectives are handed (gradients, weights,
+   other), what a rank would send of that in a ring, and what the kernel sent (socket).
 2. Embedding: the tag embedding's gradient by rows instead of densely: bytes, time, and whether the
    weights come out the same.
 3. Projection (no measurement): a step on 8, 64 and 512 GPUs = computation + communication that is
    not hidden, from the traffic of 1. All assumptions are options.
 
-All sizes are in bytes of 1e6 per MB. Needs Linux and a torch whose process groups have hooks (2.12 on).
-Takes about 4 minutes on two cores.
+An MB is 1e6 bytes. Needs Linux, and a torch whose process groups have `register_pre_hook` (2.14).
+Takes several minutes on two cores.
 """
 
 from __future__ import annotations
@@ -88,29 +88,31 @@ def main() -> None:
         if not given.quick:
             found["embedding"] = measure_embedding(sizes["ls"], given)
             found["projection"] = make_projection(found["traffic"], sizes["ls"], given)
+            if given.out:
+                plot(found["projection"], RESULTS / f"{given.out}.png")
     if given.out:
         save(given.out, found)
-        if not given.quick:
-            plot(found["projection"], RESULTS / f"{given.out}.png")
     if given.quick:
         print(json.dumps(found["traffic"]))
 
 
 def _options() -> argparse.ArgumentParser:
     made = parser(__doc__)
-    made.add_argument("--quick", action="store_true", help="DDP and ZeRO-1, small, 2 ranks, part 1")
+    made.add_argument("--quick", action="store_true", help="part 1 of DDP and ZeRO-1, small model")
     add = made.add_argument_group("assumptions").add_argument
     add("--zipf", type=float, default=1.0, help="exponent of tag frequencies (default: 1)")
-    add("--items", type=int, nargs="+", default=[256, 32], help="per GPU and step (default: 256 32)")
+    add("--items", type=int, nargs="+", default=[256, 32], help="per GPU and step (default: both"
+        " 256 and 32)")  # fmt: skip
     add("--peak_tflops", type=float, default=13.45, help="of a GPU, float32 (default: 13.45, the"
         " paper's RTX 2080 Ti)")  # fmt: skip
     add("--efficiency", type=float, default=0.4, help="fraction of the peak that training reaches"
         " (default: 0.4)")  # fmt: skip
-    add("--overlap", type=float, default=0.75, help="fraction of the communication that may hide"
-        " behind computation (default: 0.75: all but the embedding, whose gradient comes last)")  # fmt: skip
-    add("--link", nargs=3, action="append", metavar=("NAME", "GB/S", "US"), help="instead of the"
-        " default links: 1e9 bytes/s per direction as collectives reach it, latency per hop in"
-        f" microseconds (default: {'; '.join(f'{k.name} {k.gigabytes_per_s} {k.latency_us}' for k in LINKS)})")  # fmt: skip
+    add("--overlap", type=float, default=0.75, help="fraction of communication that may hide"
+        " behind computation (default: 0.75, all but the embedding, which comes last)")  # fmt: skip
+    links = "; ".join(f"{k.name} {k.gigabytes_per_s:g} {k.latency_us:g}" for k in LINKS)
+    add("--link", nargs=3, action="append", metavar=("NAME", "GB/S", "US"), help="1e9 B/s per"
+        " direction, as collectives reach it; microseconds of latency per hop; several times for"
+        f" several links (default: {links})")  # fmt: skip
     return made
 
 
@@ -156,9 +158,13 @@ def _sizes(folder: Path, given: argparse.Namespace) -> dict[str, Size]:
 
 
 def _small(config: Config) -> Config:
-    """Small pictures, small groups, no weights to download: what is sent stays the same."""
-    model = replace(config.model, backbone_weights="none", batch_norm_group_size=MICRO_BATCH)
-    return replace(config, model=model, augment=replace(config.augment, image_size=32))
+    """Small pictures and groups, few tags, no weights to download: what is sent stays the same."""
+    return replace(
+        config,
+        model=replace(config.model, backbone_weights="none", batch_norm_group_size=MICRO_BATCH),
+        augment=replace(config.augment, image_size=32, policy="none"),
+        tags=replace(config.tags, max_tags=8),
+    )
 
 
 def tags_of(config: Config, exponent: float) -> TagDistribution:
@@ -170,12 +176,11 @@ def tags_of(config: Config, exponent: float) -> TagDistribution:
 
 def measure_traffic(sizes: dict[str, Size], quick: bool) -> Iterator[dict[str, Any]]:
     """A row for each model, strategy, number of ranks and of micro-steps."""
-    cases = [("demo", ranks, steps) for ranks, steps in ((2, 1), (2, 2), (4, 1))] + [("ls", 2, 1)]
-    strategies: Sequence[str] = STRATEGIES
-    if quick:
-        cases, strategies = cases[:1], ("ddp", "zero1")
-    runs = [(strategy, *case) for case in cases for strategy in strategies]
-    for strategy, name, ranks, micro_steps in tqdm(runs, desc="training runs", disable=None):
+    runs = [(strategy, "demo", 2, 1) for strategy in ("ddp", "zero1")]
+    if not quick:
+        cases = (("demo", 2, 1), ("demo", 2, 2), ("demo", 4, 1), ("ls", 2, 1))
+        runs = [(strategy, *case) for case in cases for strategy in STRATEGIES]
+    for strategy, name, ranks, micro_steps in tqdm(runs, desc="training runs"):
         size = sizes[name]
         traffic = traffic_of(strategy, ranks, size.of(ranks, micro_steps))
         yield traffic_row(strategy, size, ranks, micro_steps, traffic)
@@ -239,8 +244,9 @@ def _off(parts: Sequence[dict[str, Any]]) -> float | str:
 
 def measure_embedding(size: Size, given: argparse.Namespace) -> dict[str, Any]:
     """Ways to reduce the tag embedding's gradient, at the LS batch."""
-    tags, table = tags_of(size.config, given.zipf), (LS_TAGS + 1, size.config.model.d_model)
-    batches = list(batches_of_ids(size.config, size.data, LS_BATCH))
+    config = load_config(CONFIGS / "ls.yaml")
+    tags, table = tags_of(config, given.zipf), (LS_TAGS + 1, config.model.d_model)
+    batches = list(batches_of_ids(config, size.data, LS_BATCH))
     gradients = FLOAT * sum(torch.Size(shape).numel() for shape in size.shapes().trained)
     bytes_of = {"embedding": FLOAT * table[0] * table[1], "all_gradients": gradients}
     counted = []
@@ -267,7 +273,7 @@ def measure_embedding(size: Size, given: argparse.Namespace) -> dict[str, Any]:
     print("\nMB per step and rank of the embedding's gradient (formula)")
     print("\n".join(table_lines(by_size)))
     ids = batches[0].tolist()
-    timed = run_ranks(2, time_ways, size.config, ids, LS_TAGS, given.rounds)
+    timed = run_ranks(2, time_ways, config, ids, LS_TAGS, given.rounds)
     own_rows = max(rank["rows_of_rank"] for rank in timed)
     union = rows_touched(batches[:1], 2, LS_TAGS)[1]
     times = [
@@ -287,7 +293,7 @@ def measure_embedding(size: Size, given: argparse.Namespace) -> dict[str, Any]:
     ]
     print("\nreducing it in 2 processes on gloo, 128 items each")
     print("\n".join(table_lines(times)))
-    trained = run_ranks(2, train_ways, size.config, ids[:16], LS_TAGS)
+    trained = run_ranks(2, train_ways, config, ids[:16], LS_TAGS)
     print(f"\ntrained with it, against dense: {json.dumps(trained[0])}", flush=True)
     return {
         "tags": asdict(tags),
@@ -380,9 +386,9 @@ def _wide(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def flops_per_item(size: Size) -> float:
     """Of a training step of the model at its full picture size, counted by torch, per item."""
-    model = build_model(size.config.model, LS_TAGS)
-    side = load_config(CONFIGS / "ls.yaml").augment.image_size
-    ids = torch.zeros(2, size.config.tags.max_tags, dtype=torch.int64)
+    config = load_config(CONFIGS / "ls.yaml")
+    model, side = build_model(size.config.model, LS_TAGS), config.augment.image_size
+    ids = torch.zeros(2, config.tags.max_tags, dtype=torch.int64)
     pixels = torch.zeros(2, 3, side, side, dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
         prediction = model(ids, torch.ones_like(ids, dtype=torch.bool), pixels)
@@ -425,7 +431,8 @@ def plot(projection: dict[str, Any], out: Path) -> None:
             axis.set_xticks(RANKS, [str(n) for n in RANKS])
             axis.set_ylim(0, 1.03)
             axis.grid(alpha=0.3)
-    figure.supxlabel("GPUs (weak scaling)")
+    for axis in axes[-1]:
+        axis.set_xlabel("GPUs (weak scaling)")
     figure.supylabel("computation / step time")
     assumed = projection["assumptions"]
     figure.suptitle(

@@ -5,8 +5,8 @@
 3. `row_bytes` and `touched_rows`: ways to send the gradient of an embedding.
 4. `step_s`: a step on a link that is described by latency and bandwidth; nothing is measured here.
 
-Bytes are of float32 weights and gradients, per optimizer step and rank. The payload of an all-gather
-is what it makes, that of a reduce-scatter what it is given: the whole tensor in both cases.
+Bytes are of float32 weights and gradients, per optimizer step and rank. The payload of an
+all-gather is what it makes, that of a reduce-scatter what it is given: the whole in both cases.
 """
 
 from __future__ import annotations

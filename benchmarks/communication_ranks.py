@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch.distributed import distributed_c10d
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
 from communication_model import Shapes
 from magneto_dist.config import Config
@@ -41,7 +42,12 @@ from magneto_dist.training.telemetry import Telemetry
 FIRST_STEP, LAST_STEP = 4, 5
 """The steps that are counted: DDP has made its buckets, ZeRO-3 knows the order of the modules."""
 _REPOSITORY = Path(__file__).parent.parent
-_TCP_INFO_BYTES, _BYTES_SENT = 256, 200  # struct tcp_info of linux/tcp.h, and tcpi_bytes_sent in it
+_TCP_INFO_BYTES, _BYTES_SENT = 256, 200  # struct tcp_info of linux/tcp.h; tcpi_bytes_sent in it
+# Imported once, before ranks fork. Accelerate and DeepSpeed import the last two where they need
+# them, which takes seconds.
+_PRELOAD = [
+    "communication", "deepspeed", "transformers", "deepspeed.runtime.zero.muon.muon_optimizer",
+]  # fmt: skip
 _SCALARS = 64  # bytes up to which an all-reduce of DeepSpeed is a norm or a flag, no gradient
 _TIMEOUT_S = 300
 
@@ -101,7 +107,10 @@ def traffic_of(strategy: str, num_ranks: int, config: Config) -> list[Traffic]:
 
 
 def run_ranks(
-    num_ranks: int, work: Callable[..., Any], *args: Any, environment: Mapping[str, str] | None = None
+    num_ranks: int,
+    work: Callable[..., Any],
+    *args: Any,
+    environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """Calls `work(*args)` in `num_ranks` processes that find each other as those of torchrun do.
 
@@ -115,7 +124,7 @@ def run_ranks(
         RuntimeError: a process failed or took too long; with what it printed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "deepspeed"])
+    context.set_forkserver_preload(_PRELOAD)
     paths = [str(Path(__file__).parent), str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # all that the fork server is told
     places = _places(num_ranks)
@@ -143,9 +152,7 @@ def run_ranks(
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
-def _rank(
-    work: Callable[..., Any], args: tuple, environment: Mapping[str, str], out: Path
-) -> None:
+def _rank(work: Callable[..., Any], args: tuple, environment: Mapping[str, str], out: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
@@ -174,11 +181,12 @@ def _deepspeed(strategy: str) -> dict[str, str]:
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_MIXED_PRECISION": given["mixed_precision"],
         "ACCELERATE_CONFIG_DS_FIELDS": ",".join([*of_deepspeed, "mixed_precision"]),
-        **{f"ACCELERATE_DEEPSPEED_{key.upper()}": str(value) for key, value in of_deepspeed.items()},
+        **{f"ACCELERATE_DEEPSPEED_{k.upper()}": str(value) for k, value in of_deepspeed.items()},
     }
 
 
 def _record(config: Config) -> dict[str, Any]:
+    powerSGD_hook.powerSGD_hook = _one_bucket_at_a_time(powerSGD_hook.powerSGD_hook)
     recorder = Recorder()
     recorder.install()
     try:
@@ -186,6 +194,22 @@ def _record(config: Config) -> dict[str, Any]:
     except PreemptedError:  # how the recorder ends the run, on all ranks
         return recorder.result()
     raise AssertionError("the run ended before it was measured")
+
+
+def _one_bucket_at_a_time(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A communication hook that has done its work when it returns.
+
+    PowerSGD reduces P and Q in callbacks, which gloo runs in threads of its own: those of two
+    buckets come in another order on each rank, and gloo aborts. What is sent stays the same.
+    """
+
+    @wraps(hook)
+    def call(state: Any, bucket: Any) -> Any:
+        future = hook(state, bucket)
+        future.wait()
+        return future
+
+    return call
 
 
 class Recorder:

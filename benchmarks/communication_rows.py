@@ -1,7 +1,7 @@
 """The gradient of the tag embedding, of which a step touches few rows: ways to reduce it.
 
-1. `build_zipf` makes a data set with the tags of LS in number: 24,056 of them, 43 an item, by Zipf's
-   law. `rows_touched` counts what the real loader makes of it.
+1. `build_zipf` makes a data set with as many tags as LS: 24,056, 43 an item, by Zipf's law.
+   `rows_touched` counts what the real loader makes of it.
 2. `WAYS` are reductions of such a gradient, in place: dense as DDP does it, and by rows.
 3. `time_ways` times them on a gradient with the rows of a real batch; `train_ways` trains a model
    with each as a communication hook of DDP, and with `nn.Embedding(sparse=True)`.
@@ -251,8 +251,11 @@ def _clips(session: Session, model: nn.Module, ids: Tensor, num_tags: int) -> st
     return "works"
 
 
-def row_hook(state: tuple[Tensor, Callable[[Tensor], None]], bucket: Any) -> torch.futures.Future:
-    """A communication hook of DDP: one weight's gradient by its own way, all others densely."""
+def row_hook(state: tuple[Tensor, Callable[[Tensor], None]], bucket):
+    """A communication hook of DDP: one weight's gradient by its own way, all others densely.
+
+    DDP looks at the annotations of `bucket` and of what is returned, and does not read strings.
+    """
     weight, reduce = state
     buffer = bucket.buffer().div_(dist.get_world_size())
     if any(parameter is weight for parameter in bucket.parameters()):
