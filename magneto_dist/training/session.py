@@ -40,6 +40,8 @@ from magneto_dist.world import World
 
 T = TypeVar("T")
 
+_NO_LIMIT_MB = 1 << 20
+
 
 class OptimizerStep(NamedTuple):
     """What became of an optimizer step, the same on all ranks."""
@@ -80,7 +82,7 @@ class Session:
         handlers: list[Any] = [
             # Buffers are equal on all ranks by construction (ghost batch norm commits them).
             DistributedDataParallelKwargs(
-                broadcast_buffers=False, gradient_as_bucket_view=True, **_comm_hook(config)
+                broadcast_buffers=False, gradient_as_bucket_view=True, **_comm_hook(config, has_gpu)
             )
         ]
         if "WORLD_SIZE" in os.environ:  # alone, accelerate would ask a group that is not there
@@ -298,7 +300,7 @@ class Session:
         self._accelerator.end_training()
 
 
-def _comm_hook(config: TrainConfig) -> dict[str, Any]:
+def _comm_hook(config: TrainConfig, has_gpu: bool) -> dict[str, Any]:
     """How accelerate is told of `train.ddp_comm_hook`."""
     if config.ddp_comm_hook == "none":
         return {}
@@ -308,4 +310,8 @@ def _comm_hook(config: TrainConfig) -> dict[str, Any]:
             "matrix_approximation_rank": config.power_sgd_rank,
             "start_powerSGD_iter": config.power_sgd_start_step,
         }
+        if not has_gpu:
+            # One bucket: gloo calls back from threads of its own, so that the matrices of several
+            # would be reduced in another order on each rank.
+            settings["bucket_cap_mb"] = _NO_LIMIT_MB
     return settings
