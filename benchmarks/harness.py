@@ -108,11 +108,11 @@ def report(question: str, timings: Sequence[Timing], out: str | None) -> None:
         save(out, {"question": question, "timings": [asdict(t) for t in timings]})
 
 
-def save(out: str, measured: Mapping[str, object]) -> None:
-    """Writes what was measured, with its provenance, to `benchmarks/results/`."""
-    RESULTS.mkdir(exist_ok=True)
+def save(out: str, measured: Mapping[str, object], folder: Path = RESULTS) -> None:
+    """Writes what was measured, with its provenance, to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     content = json.dumps({**provenance(), **measured}, indent=1)
-    (RESULTS / f"{out}.json").write_text(content + "\n")
+    (folder / f"{out}.json").write_text(content + "\n")
 
 
 def provenance() -> dict[str, object]:
@@ -136,12 +136,13 @@ def provenance() -> dict[str, object]:
     }
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+def parser(doc: str | None, *, timed: bool = True) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `--rounds` those that take times."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--rounds", type=int, default=7, help="timed calls of each (default: 7)")
+    if timed:
+        made.add_argument("--rounds", type=int, default=7, help="timed calls of each (default: 7)")
     made.add_argument("--out", help="write benchmarks/results/OUT.json (default: only print)")
     return made
 

@@ -97,12 +97,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
-        if not (folder / "mds").exists():
-            _make(folder, given.photos, given.items)
+        names = [n for n in _loaders() if not given.only or any(part in n for part in given.only)]
+        _make(folder, given.photos, given.items, names)
         with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=folder)) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             given.url = f"http://127.0.0.1:{server.server_address[1]}"
-            _compare(given, folder)
+            _compare(given, folder, names)
             server.shutdown()
 
 
@@ -111,10 +111,7 @@ class _Quiet(SimpleHTTPRequestHandler):
         """Says nothing."""
 
 
-def _compare(given: argparse.Namespace, folder: Path) -> None:
-    names = [
-        name for name in _loaders() if not given.only or any(part in name for part in given.only)
-    ]
+def _compare(given: argparse.Namespace, folder: Path, names: list[str]) -> None:
     peak_mb: dict[str, float] = {}
 
     def measure(name: str) -> float:
@@ -181,13 +178,38 @@ def _run_alone(given: argparse.Namespace) -> None:
 # Photographs ------------------------------------------------------------------------------------
 
 
-def _make(folder: Path, photos: Path, num_items: int) -> None:
+def _make(folder: Path, photos: Path, num_items: int, names: list[str]) -> None:
+    """Writes the photographs in the forms that these loaders read, as far as they are not there."""
+    from other_loaders import OTHERS, convert
+
+    forms: dict[str, Callable[[Path, dict[str, bytes]], None]] = {
+        "shards/dataset.json": _write_shards,
+        "files": write_files,
+    }
+    if OTHERS.keys() & set(names):
+        forms["mds"] = convert
+    missing = [write for form, write in forms.items() if not (folder / form).exists()]
+    photographs = make_photographs(photos, num_items) if missing else {}
+    for write in missing:
+        write(folder, photographs)
+
+
+def make_photographs(photos: Path, num_items: int) -> dict[str, bytes]:
+    """JPEGs by key, all different, of the size that this benchmark is about.
+
+    Args:
+        photos: folder with the JPEGs that they are parts of.
+        num_items: how many.
+    """
     originals = [Image.open(path).convert("RGB") for path in sorted(photos.glob("*.jpg"))]
     generator = np.random.default_rng(0)
-    photographs = {
+    return {
         f"photo-{number:06}": _photograph(originals[number % len(originals)], generator)
         for number in range(num_items)
     }
+
+
+def _write_shards(folder: Path, photographs: dict[str, bytes]) -> None:
     write_dataset(
         folder / "shards",
         {"train": list(photographs.items())},
@@ -197,9 +219,13 @@ def _make(folder: Path, photos: Path, num_items: int) -> None:
         num_processes=1,
         source={"builder": "benchmark"},
     )
-    from other_loaders import convert
 
-    convert(folder, photographs)
+
+def write_files(folder: Path, photographs: dict[str, bytes]) -> None:
+    """Writes JPEGs by key to `folder/files`."""
+    (folder / "files").mkdir()
+    for key, content in photographs.items():
+        (folder / "files" / f"{key}.jpg").write_bytes(content)
 
 
 def _photograph(original: Image.Image, generator: np.random.Generator) -> bytes:

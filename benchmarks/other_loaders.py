@@ -32,13 +32,10 @@ SCALE, ASPECT = (0.3, 1.0), (3 / 4, 4 / 3)
 
 
 def convert(folder: Path, photographs: dict[str, bytes]) -> None:
-    """Writes photographs by key as files, litdata chunks and MDS shards."""
+    """Writes photographs by key, which lie in files already, as litdata chunks and MDS shards."""
     import litdata
     from streaming import MDSWriter
 
-    (folder / "files").mkdir()
-    for key, content in photographs.items():
-        (folder / "files" / f"{key}.jpg").write_bytes(content)
     litdata.optimize(
         fn=Path.read_bytes,
         inputs=sorted((folder / "files").iterdir()),

@@ -318,6 +318,12 @@ class TrainConfig:
     """Memory format of the convolutions."""
     threshold: float = 0.5
     """Probability from which a tag counts as predicted."""
+    collective_timeout_s: float = 600.0
+    """Several ranks: longest time in s that they wait for one that does not come, or gives no sign
+    of life, after which the run ends with a line that names it. Three times as long where a rank
+    may take its time: data (see data.loader_timeout_s, too), evaluation, saving, and all up to the
+    first step. Four times as long, and at least half an hour, is the timeout of the process group.
+    0: no limit but that half hour."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "max_micro_batch_size", "epochs", "eval_every_epochs"):
@@ -343,6 +349,12 @@ class TrainConfig:
         )
         _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 <= ema_decay < 1")
         _fraction("train.threshold", self.threshold)
+        _require(
+            self.collective_timeout_s >= 0,
+            "train.collective_timeout_s",
+            self.collective_timeout_s,
+            "at least 0",
+        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
+EXIT_STALLED = 69  # EX_UNAVAILABLE: a peer did not come
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a scheduler may requeue
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report Ctrl-C
 
@@ -27,11 +28,15 @@ class PreemptedError(Exception):
     """The run was told to stop (SIGTERM, SIGUSR1) and has saved everything."""
 
 
+class StalledError(Exception):
+    """The run was ended because a rank did not come; the watchdog has said so."""
+
+
 def exit_with_clear_errors(main: Callable[[], object]) -> NoReturn:
     """Runs a launcher's `main` and ends the process with the exit codes that schedulers rely on.
 
-    0 done, 2 bad input (one line, no traceback), 75 preempted after saving, 130 Ctrl-C; any other
-    exception is a bug and keeps its traceback.
+    0 done, 2 bad input (one line, no traceback), 69 a rank did not come, 75 preempted after saving,
+    130 Ctrl-C; any other exception is a bug and keeps its traceback.
     """
     code = 0
     try:
@@ -43,6 +48,8 @@ def exit_with_clear_errors(main: Callable[[], object]) -> NoReturn:
     except PreemptedError as stop:
         print(f"\n{stop}", file=sys.stderr, flush=True)
         code = EXIT_PREEMPTED
+    except StalledError:
+        code = EXIT_STALLED
     except KeyboardInterrupt:
         print("\ninterrupted: start the same command again to go on", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED

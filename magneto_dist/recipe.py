@@ -1,7 +1,8 @@
 """From a Config to a trained model: puts the parts of a run together, in order.
 
-1. Join the processes; take the run folder (one writer).
-2. Open the data, derive the micro-batches, build model and optimizer.
+1. Join the processes; take the run folder (one writer); watch over each other.
+2. Open the data, derive the micro-batches, make sure that all ranks mean the same; build model and
+   optimizer. What one rank meets here stops all.
 3. Resume from the newest complete checkpoint, or initialise.
 4. Train; evaluate as the loop asks; write summary and final table.
 """
@@ -43,8 +44,10 @@ from magneto_dist.training.checkpoint import (
     steps,
 )
 from magneto_dist.training.checkpoint_writer import CheckpointWriter
+from magneto_dist.training.heartbeat import Watchdog, Whereabouts
 from magneto_dist.training.loop import Job, train
 from magneto_dist.training.optim import Schedule, build_optimizer
+from magneto_dist.training.preflight import check_agreement, require_checkpoint_space
 from magneto_dist.training.process import StopRequest, die_with_launcher
 from magneto_dist.training.resume import checkpoint_to_resume, fingerprint, initialise_from
 from magneto_dist.training.run_folder import RunFolder
@@ -59,13 +62,19 @@ def run_training(config: Config) -> None:
     Raises:
         InputError: bad configuration or input, before anything is written where possible.
         PreemptedError: stopped by a signal after saving.
+        StalledError: a rank did not come.
     """
     die_with_launcher()
     stop = StopRequest()
     session = Session(config.train, config.optim.clip_norm)
+    whereabouts = Whereabouts()
+    run_dir, timeout_s = Path(config.output_dir), config.train.collective_timeout_s
     try:
-        with _run_folder(session, config) as run:
-            _train_in_folder(config, session, stop, run)
+        with (
+            _run_folder(session, config) as run,
+            Watchdog(session, run_dir, timeout_s, whereabouts, _failure_writer(run)),
+        ):
+            _train_in_folder(config, session, stop, run, whereabouts)
     except PreemptedError as preempted:
         traceback.clear_frames(preempted.__traceback__)  # they hold the model
         session.close()
@@ -97,11 +106,17 @@ def _newest_step(run_dir: Path) -> int:
 
 
 def _train_in_folder(
-    config: Config, session: Session, stop: StopRequest, run: RunFolder | None
+    config: Config,
+    session: Session,
+    stop: StopRequest,
+    run: RunFolder | None,
+    whereabouts: Whereabouts,
 ) -> None:
-    dataset = _open_data(config)
+    dataset = session.on_all(lambda: _open_data(config))
+    whereabouts.at("start")
     checkpoint = session.from_main(lambda: checkpoint_to_resume(config, dataset))
-    start = read_progress(checkpoint) if checkpoint else Progress()
+    whereabouts.at("start")
+    start = session.on_all(lambda: read_progress(checkpoint) if checkpoint else Progress())
     plan = _plan(config, session, start)
     if run is not None and plan.idle_ranks:
         print(
@@ -111,7 +126,10 @@ def _train_in_folder(
             " or raise --train.global_batch_size",
             file=sys.stderr,
         )
-    loader = Loader(dataset, "train", config, session.world, plan, training=True)
+    loader = session.on_all(
+        lambda: Loader(dataset, "train", config, session.world, plan, training=True)
+    )
+    check_agreement(session, config, loader, plan, start)
     total_steps = _total_steps(config, loader)
     if checkpoint and start.step >= total_steps and start.evaluated:
         if run is not None:
@@ -121,16 +139,10 @@ def _train_in_folder(
                 _finish(run, start, session, loader)
             print(f"{config.output_dir} is finished: {start.step} of {total_steps} steps are done")
         return
-    if run is not None:
-        set_aside_later(run.path, start.step)
-        run.write_settings(config, dataset.vocabulary)
-        run.write_status("running", start.step)
-    torch.manual_seed(seed_for(config.seed, "initial weights"))
-    model = _build(config, dataset, has_weights=checkpoint is not None)
-    if checkpoint:
-        load_weights(checkpoint, model)
-    elif config.init_from:
-        initialise_from(model, Path(config.init_from), config, dataset.vocabulary)
+    session.from_main(lambda: _begin(run, start, config, dataset))
+    model = session.on_all(lambda: _initial_model(config, dataset, checkpoint))
+    session.from_main(lambda: require_checkpoint_space(config, model))
+    whereabouts.at("start")
     schedule = Schedule(config.optim, total_steps)
     wrapped, optimizer = session.prepare(model, build_optimizer(model, config.optim), plan)
     if checkpoint:
@@ -154,7 +166,7 @@ def _train_in_folder(
     )
     run_dir = Path(config.output_dir)
     with (
-        Telemetry(run_dir, session, config, start, total_steps, loader) as log,
+        Telemetry(run_dir, session, config, start, total_steps, loader, whereabouts) as log,
         CheckpointWriter(
             session, config, wrapped, optimizer, average, log, _status_writer(run)
         ) as writer,
@@ -215,6 +227,23 @@ def _total_steps(config: Config, loader: Loader) -> int:
     return min(steps, config.max_steps or steps)
 
 
+def _begin(run: RunFolder | None, start: Progress, config: Config, dataset: Dataset) -> None:
+    assert run is not None, "the main process holds it"
+    set_aside_later(run.path, start.step)
+    run.write_settings(config, dataset.vocabulary)
+    run.write_status("running", start.step)
+
+
+def _initial_model(config: Config, dataset: Dataset, checkpoint: Path | None) -> nn.Module:
+    torch.manual_seed(seed_for(config.seed, "initial weights"))
+    model = _build(config, dataset, has_weights=checkpoint is not None)
+    if checkpoint:
+        load_weights(checkpoint, model)
+    elif config.init_from:
+        initialise_from(model, Path(config.init_from), config, dataset.vocabulary)
+    return model
+
+
 def _build(config: Config, dataset: Dataset, has_weights: bool) -> nn.Module:
     supervised = config.train.objective == "important"
     settings = config.model
@@ -232,6 +261,8 @@ def _build(config: Config, dataset: Dataset, has_weights: bool) -> nn.Module:
     if config.train.activation_checkpointing:
         recompute_activations(model)
     if config.train.compile:
+        # The compiler takes torch's fused encoder layer for one whose output has other strides.
+        torch.backends.mha.set_fastpath_enabled(False)
         model.compile()
     return model
 
@@ -252,6 +283,8 @@ class _Evaluation:
         loader = Loader(self.dataset, "validation", config, world, self.plan, training=False)
         rejects: list[Reject] = []
         batches = collecting_rejects(loader.batches(1, loader.steps_per_epoch), rejects)
+        self.telemetry.whereabouts.at("evaluation")
+        batches = self.telemetry.whereabouts.at_each("evaluation", batches)
         with self.telemetry.paused():
             metrics, examples = evaluate_model(
                 self.model,
@@ -272,6 +305,13 @@ class _Evaluation:
 def _status_writer(run: RunFolder | None) -> Callable[[int], None]:
     """Records how far the run is on disk, in the process that holds its folder."""
     return lambda step: None if run is None else run.write_status("running", step)
+
+
+def _failure_writer(run: RunFolder | None) -> Callable[[str], None]:
+    """Records why the run ends, in the process that holds its folder."""
+    return lambda reason: (
+        None if run is None else run.write_failure("failed", _newest_step(run.path), reason)
+    )
 
 
 def _finish(run: RunFolder, end: Progress, session: Session, loader: Loader) -> None:

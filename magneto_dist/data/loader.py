@@ -94,6 +94,11 @@ class Loader:
             start_fork_server()  # its imports take seconds, in which the model is built
 
     @property
+    def decoder(self) -> str:
+        """Who decodes pictures: what `data.decoder` has become on this machine."""
+        return self._decoder
+
+    @property
     def num_workers(self) -> int:
         """Loader processes of this rank; 0: none."""
         chosen = self._config.data.num_workers

@@ -19,7 +19,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +63,30 @@ class ShardCache:
         """As `path`, unless another process is just downloading it."""
         self._get(key, name, size, download, waits=False)
 
+    def require_space_for(self, key: str, num_bytes: Mapping[str, int]) -> None:
+        """Looks whether the cache can grow by the shards of a data set that it does not hold.
+
+        Args:
+            key: of the data set.
+            num_bytes: of its shards, by name.
+
+        Raises:
+            InputError: it cannot, or cannot be written.
+        """
+        folder = self._folder_of(key)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--data.cache_dir {self.folder}: {error.strerror}") from None
+        there = {path.name for path in folder.iterdir()}
+        missing = sum(size for name, size in num_bytes.items() if name not in there)
+        held = sum(size for _, size, _ in self._files())
+        growth = min(held + missing, int(self.max_gb * 1e9)) - held
+        purpose = f"the cache of shards (--data.cache_dir; at most --data.cache_gb {self.max_gb:g})"
+        require_space(self.folder, growth, purpose)
+
     def _get(self, key: str, name: str, size: Size, download: Download, *, waits: bool) -> Path:
-        shard = self.folder / hashlib.sha256(key.encode()).hexdigest()[:16] / name
+        shard = self._folder_of(key) / name
         if _mark_used(shard):
             return shard
         shard.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +94,9 @@ class ShardCache:
             if is_ours and not _mark_used(shard):
                 self._download(shard, size(), download)
         return shard
+
+    def _folder_of(self, key: str) -> Path:
+        return self.folder / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def _download(self, shard: Path, num_bytes: int, download: Download) -> None:
         temporary = shard.with_name(f".{shard.name}.tmp")

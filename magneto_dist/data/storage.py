@@ -258,6 +258,19 @@ class Storage:
         """
         self._cache().fetch_ahead(*self._cached(name))
 
+    def require_cache_space(self, num_bytes: Mapping[str, int]) -> None:
+        """Looks whether files of a remote data set, with those sizes, will fit into its cache.
+
+        Raises:
+            InputError: the disk has too little room for what they make the cache grow.
+        """
+        if self.is_remote:
+            self._cache().require_space_for(self._cache_key, num_bytes)
+
+    @property
+    def _cache_key(self) -> str:
+        return f"{self.root}\n{self.version}"
+
     def _cache(self) -> ShardCache:
         folder = Path(self.cache_dir) if self.cache_dir else default_cache_dir()
         return ShardCache(folder, self.cache_gb)
@@ -266,7 +279,7 @@ class Storage:
         """How the cache calls a file, and gets it."""
         _check_name(name)
         return (
-            f"{self.root}\n{self.version}",
+            self._cache_key,
             name,
             lambda: self.num_bytes.get(name) or self.size(name),
             lambda target, num_bytes: self._request(

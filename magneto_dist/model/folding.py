@@ -36,5 +36,8 @@ class FoldedStages:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether all of a tensor is here: DeepSpeed leaves empty ones, torch's FSDP a subclass."""
-    return tensor.numel() > 0 and type(tensor) in (Tensor, nn.Parameter)
+    """Whether all of a tensor is here, and stays: torch's FSDP leaves a subclass.
+
+    Those that ZeRO-3 owns (`ds_id`) come and go, and a copy of their modules would ask it for more.
+    """
+    return type(tensor) in (Tensor, nn.Parameter) and not hasattr(tensor, "ds_id")

@@ -102,7 +102,7 @@ def train(job: Job, progress: Progress) -> Progress:
         progress = _evaluate_and_save(job, progress)
     batches = job.loader.batches(progress.step + 1, job.total_steps)
     for step in range(progress.step + 1, job.total_steps + 1):
-        with job.telemetry.waiting_for_data():
+        with job.telemetry.waiting_for_data(step):
             micro_batches = list(itertools.islice(batches, job.plan.micro_steps))
         counts, stop, save_failed = _reduce_counts(job, micro_batches)
         if save_failed:
@@ -154,6 +154,7 @@ def train_step(
     num_rows = len(micro_batches) * job.plan.micro_batch_size * session.world.num_ranks
     all_valid = counts.items == num_rows
     for batch in micro_batches:
+        job.telemetry.whereabouts.at("training")
         batch = replace(batch, all_valid=all_valid).to(session.device)
         # Dropout belongs to its place in the run, so that a resumed run draws what it would have.
         torch.manual_seed(seed_for(config.seed, batch.step, batch.micro_step, session.world.rank))

@@ -7,7 +7,7 @@ is hidden here, so that the loop reads the same for all of them:
 1. `Session(...)` joins the process group.
 2. `prepare` wraps model and optimizer.
 3. `micro_step` + `backward` + `step` are one optimizer step.
-4. `reduce_sum` and `from_main` are the only communication that others ask for.
+4. `reduce_sum`, `gather`, `from_main` and `on_all` are all communication that others ask for.
 """
 
 from __future__ import annotations
@@ -17,18 +17,25 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DDPCommunicationHookType, DistributedType, broadcast_object_list
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DistributedType,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from magneto_dist.config import TrainConfig
 from magneto_dist.data.order import BatchPlan
-from magneto_dist.errors import ReportedError
+from magneto_dist.errors import InputError, ReportedError
 from magneto_dist.training import fsdp
+from magneto_dist.training.joining import check_together
 from magneto_dist.training.launch_flags import (
     check_launch,
     fsdp_keeps_gathered,
@@ -36,9 +43,12 @@ from magneto_dist.training.launch_flags import (
     uses_deepspeed,
     uses_fsdp,
 )
+from magneto_dist.training.ranks import joint_error
 from magneto_dist.world import World
 
 T = TypeVar("T")
+
+_NO_LIMIT_MB = 1 << 20
 
 
 class OptimizerStep(NamedTuple):
@@ -60,16 +70,18 @@ class Session:
         clip_norm: largest global gradient norm, 0: no clipping; None: nothing will be trained.
 
     Raises:
-        InputError: the precision or a flag of the process launcher does not fit this machine or
-            contradicts our configuration.
+        InputError: the precision or a flag of the process launcher does not fit the machine or
+            contradicts our configuration, on this rank or any other.
     """
 
     def __init__(self, config: TrainConfig, clip_norm: float | None = None) -> None:
         has_gpu = torch.cuda.is_available()
-        check_launch(config, clip_norm, has_gpu)
+        # Held till the group is there, as it may serve those who still come.
+        store = check_together(lambda: check_launch(config, clip_norm, has_gpu))
         # fsdp.py does it, with or without a GPU; accelerate must not do it too.
         wants_fsdp = uses_fsdp()
         os.environ.pop("ACCELERATE_USE_FSDP", None)
+        wait_s = max(1800.0, 4 * config.collective_timeout_s)  # after the watchdog's patience
         if not has_gpu:  # DeepSpeed, imported by accelerate, would warn of what it guesses
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
             # torchrun's and accelerate's default, too. Alone, torch would take all cores, and
@@ -81,12 +93,12 @@ class Session:
         handlers: list[Any] = [
             # Buffers are equal on all ranks by construction (ghost batch norm commits them).
             DistributedDataParallelKwargs(
-                broadcast_buffers=False, gradient_as_bucket_view=True, **_comm_hook(config)
+                broadcast_buffers=False, gradient_as_bucket_view=True, **_comm_hook(config, has_gpu)
             )
         ]
         if "WORLD_SIZE" in os.environ:  # alone, accelerate would ask a group that is not there
             backend = "nccl" if has_gpu else "gloo"
-            handlers.append(InitProcessGroupKwargs(backend=backend))
+            handlers.append(InitProcessGroupKwargs(backend, timeout=timedelta(seconds=wait_s)))
         self._accelerator = Accelerator(
             # DeepSpeed's own autocast, see `prepare`.
             mixed_precision="no" if uses_deepspeed() else config.precision,
@@ -95,6 +107,7 @@ class Session:
             step_scheduler_with_optimizer=False,
             kwargs_handlers=handlers,
         )
+        del store
         plugin = self._accelerator.state.deepspeed_plugin
         if (
             clip_norm is not None
@@ -114,6 +127,7 @@ class Session:
             ranks_per_node=ranks_per_node,
         )
         self._is_sharded = wants_fsdp and self.world.num_ranks > 1
+        self._keep_gathered = fsdp_keeps_gathered()
         self._gradient_scale = float(self.world.num_ranks)
         self._clip_norm = clip_norm or 0.0
         self._comm_hook, self._precision = config.ddp_comm_hook, config.precision
@@ -134,6 +148,13 @@ class Session:
         return self._accelerator.distributed_type == DistributedType.DEEPSPEED
 
     @property
+    def strategy(self) -> str:
+        """How the ranks share the work, in words: the same on all, or they wait for each other."""
+        if self._is_sharded:
+            return "FSDP2" + (" with weights kept gathered" if self._keep_gathered else "")
+        return "DeepSpeed" if self.is_deepspeed else "no FSDP2, no DeepSpeed"
+
+    @property
     def is_ddp(self) -> bool:
         """Whether DDP adds up the gradients."""
         return self.world.num_ranks > 1 and not (self.is_deepspeed or self._is_sharded)
@@ -145,8 +166,8 @@ class Session:
         if self._is_sharded:
             # "Evaluation": on the device and under autocast, but not wrapped in DDP.
             model = self._accelerator.prepare_model(model, evaluation_mode=True)
-            keep_gathered = fsdp_keeps_gathered()
-            fsdp.shard(model, optimizer, self.world.num_ranks, keep_gathered=keep_gathered)
+            num_ranks, keep_gathered = self.world.num_ranks, self._keep_gathered
+            fsdp.shard(model, optimizer, num_ranks, keep_gathered=keep_gathered)
             return model, self._accelerator.prepare_optimizer(optimizer)
         if self.is_deepspeed:
             # It reads the weights as flat bytes, which channels-last ones are not.
@@ -239,6 +260,31 @@ class Session:
             raise ReportedError(box[1])
         return box[0]
 
+    def on_all(self, make: Callable[[], T]) -> T:
+        """Runs `make`, which has no collective, on every rank and gives each its own result.
+
+        Raises:
+            InputError: where `make` raised anything on any rank, on all of them the same, so that
+                none waits; a rank that met something else than an InputError raises that itself.
+        """
+        result: Any = None
+        failure: Exception | None = None
+        try:
+            result = make()
+        except Exception as error:
+            failure = error
+        said = "" if failure is None else str(failure) or type(failure).__name__
+        error = joint_error(self.gather(said), is_main=self.is_main)
+        if failure is not None and not isinstance(failure, InputError):
+            raise failure
+        if error is not None:
+            raise error
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """The (picklable) values of all ranks, by rank; every rank must call it."""
+        return gather_object([value])  # type: ignore[return-value]
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         self._accelerator.wait_for_everyone()
@@ -305,7 +351,7 @@ class Session:
         self._accelerator.end_training()
 
 
-def _comm_hook(config: TrainConfig) -> dict[str, Any]:
+def _comm_hook(config: TrainConfig, has_gpu: bool) -> dict[str, Any]:
     """How accelerate is told of `train.ddp_comm_hook`."""
     if config.ddp_comm_hook == "none":
         return {}
@@ -315,4 +361,8 @@ def _comm_hook(config: TrainConfig) -> dict[str, Any]:
             "matrix_approximation_rank": config.power_sgd_rank,
             "start_powerSGD_iter": config.power_sgd_start_step,
         }
+        if not has_gpu:
+            # One bucket: gloo calls back from threads of its own, so that the matrices of several
+            # would be reduced in another order on each rank.
+            settings["bucket_cap_mb"] = _NO_LIMIT_MB
     return settings

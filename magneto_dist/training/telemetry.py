@@ -27,6 +27,7 @@ from magneto_dist.errors import InputError
 from magneto_dist.metrics import summarise
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.divergence import require_finite_loss
+from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.session import Session
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Telemetry:
         start: where the run goes on from.
         total_steps: last global step of the run.
         loader: of the training split.
+        whereabouts: of this process, noted where the phase changes.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Telemetry:
         start: Progress,
         total_steps: int,
         loader: Loader,
+        whereabouts: Whereabouts | None = None,
     ) -> None:
         self._session, self._config = session, config
+        self.whereabouts = whereabouts or Whereabouts()
         self._total_steps, self._steps_per_epoch = total_steps, loader.steps_per_epoch
         self._max_bad = {
             split: max(1, int(config.data.max_bad_fraction * loader.dataset.num_samples(split)))
@@ -98,11 +102,13 @@ class Telemetry:
         self._closing.close()
 
     @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Counts the time inside as waiting for data."""
+    def waiting_for_data(self, step: int) -> Iterator[None]:
+        """Counts the time inside as waiting for the data of `step`."""
+        self.whereabouts.at("data", step)
         started_at_s = time.perf_counter()
         yield
         self._wait_s += time.perf_counter() - started_at_s
+        self.whereabouts.at("training")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -114,6 +120,7 @@ class Telemetry:
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Time inside is what a checkpoint costs: training stands still."""
+        self.whereabouts.at("saving")
         started_at_s = time.perf_counter()
         with self.paused():
             yield

@@ -62,7 +62,7 @@ def photos() -> list[bytes]:
     return [photo(seed, 100 + 9 * seed, 170 - 7 * seed) for seed in range(12)]
 
 
-@pytest.fixture(scope="module", params=["cpu", "gpu"])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def dali(request):
     pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI")
     if request.param == "gpu" and not torch.cuda.is_available():

@@ -1,12 +1,13 @@
 """A rank that trains MAGNeto with a communication hook, and tells how its weights came out.
 
-torchrun --nproc_per_node 2 tests/distributed/comm_hook_worker.py HOOK OUT.json
+torchrun --nproc_per_node 2 tests/distributed/comm_hook_worker.py HOOK OUT.json D_FF
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,13 +20,13 @@ from magneto_dist.model.magneto import build_model
 from magneto_dist.training.session import Session
 
 STEPS, ITEMS, SLOTS, TAGS = 20, 8, 6, 30
-MODEL = ModelConfig(kind="tf-t", d_model=16, num_heads=2, d_ff=32, tag_layers=1, dropout=0.0)
+MODEL = ModelConfig(kind="tf-t", d_model=16, num_heads=2, tag_layers=1, dropout=0.0)
 
 
-def main(hook: str, out: Path) -> None:
+def main(hook: str, out: Path, d_ff: int) -> None:
     session = Session(TrainConfig(ddp_comm_hook=hook, power_sgd_start_step=2), clip_norm=0.0)
     torch.manual_seed(0)
-    model = build_model(MODEL, TAGS)
+    model = build_model(replace(MODEL, d_ff=d_ff), TAGS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     plan = BatchPlan(ITEMS * 2, num_ranks=2, micro_batch_size=ITEMS // 2, micro_steps=2)
     wrapped, optimizer = session.prepare(model, optimizer, plan)
@@ -61,4 +62,4 @@ def _loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

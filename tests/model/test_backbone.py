@@ -225,6 +225,19 @@ def test_frozen_batch_norms_are_folded_away() -> None:
     assert all(name.startswith("stages.layer2.") for name in ran)
 
 
+def test_weights_that_zero_3_owns_are_not_folded() -> None:
+    """They may all be here for a while; a copy of their modules would ask DeepSpeed for its own."""
+    backbone = build(frozen_stages="all", backbone_stages=2)
+    expected, ran = backbone(pixels()), []
+    for number, (name, module) in enumerate(backbone.named_modules()):
+        for weight in module.parameters(recurse=False):
+            weight.ds_id = number
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    torch.testing.assert_close(backbone(pixels()), expected, rtol=1e-4, atol=1e-5)
+    assert ran
+
+
 def test_folding_follows_what_is_loaded_and_cast() -> None:
     backbone = build(frozen_stages="all", backbone_stages=2)
     old = backbone(pixels())

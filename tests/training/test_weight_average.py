@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +14,8 @@ from torch import nn
 from magneto_dist.trained_run import load_run
 from magneto_dist.training.telemetry import flatten
 from magneto_dist.training.weight_average import WeightAverage
-from processes import REPOSITORY, TINY, launch, run, summary
+from processes import TINY, summary
+from warm import Warm, places
 
 DECAY, STEPS = 0.5, 8
 
@@ -100,7 +100,9 @@ def test_none_is_kept_unless_asked_for() -> None:
     assert average.averages == {}
 
 
-def test_a_run_evaluates_keeps_and_hands_on_its_averages(demo_shards: Path, tmp_path: Path) -> None:
+def test_a_run_evaluates_keeps_and_hands_on_its_averages(
+    warm: Warm, demo_shards: Path, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     options = [
         *TINY,
@@ -111,7 +113,7 @@ def test_a_run_evaluates_keeps_and_hands_on_its_averages(demo_shards: Path, tmp_
         f"--max_steps={STEPS}",
         f"--data.path={demo_shards}",
     ]
-    run("train_ls.py", *options, f"--output_dir={run_dir}")
+    warm.run("train_ls.py", *options, f"--output_dir={run_dir}")
     folders = sorted((run_dir / "checkpoints").glob("step-*"))
     assert len(folders) == STEPS
     weights = [load_file(folder / "model.safetensors") for folder in folders]
@@ -133,7 +135,7 @@ def test_a_run_evaluates_keeps_and_hands_on_its_averages(demo_shards: Path, tmp_
         averages[step_taken - 1]["tag_head.weight"]
     )
     scores = tmp_path / "scores.json"
-    run("evaluate.py", f"--run={run_dir}", f"--out={scores}")
+    warm.run("evaluate.py", f"--run={run_dir}", f"--out={scores}")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     evaluated = {m["step"]: m for m in map(json.loads, lines) if m["split"] == "validation"}
     scored = json.loads(scores.read_bytes())["validation"]
@@ -142,17 +144,25 @@ def test_a_run_evaluates_keeps_and_hands_on_its_averages(demo_shards: Path, tmp_
     assert summary(run_dir)["best"]["step"] == step_taken
     # Fine-tuning starts from them.
     more = [f"--init_from={run_dir}", "--optim.lr=1e-30", f"--output_dir={tmp_path / 'next'}"]
-    run("train_ls.py", *options, *more, "--max_steps=1")
+    warm.run("train_ls.py", *options, *more, "--max_steps=1")
     first = load_file(tmp_path / "next/checkpoints/step-00000001/model.safetensors")
     assert first["tag_head.weight"].equal(averages[step_taken - 1]["tag_head.weight"])
 
 
-def test_zero_3_is_refused_before_anything_is_written(demo_shards: Path, tmp_path: Path) -> None:
-    config = REPOSITORY / "configs/accelerate/zero3_cpu_2.yaml"
-    through = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+def test_zero_3_is_refused_before_anything_is_written(
+    warm: Warm, demo_shards: Path, tmp_path: Path
+) -> None:
+    deepspeed = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage",
+    }
     options = [*TINY, f"--data.path={demo_shards}", f"--output_dir={tmp_path / 'run'}"]
-    process = launch("train_ls.py", *options, "--train.ema_decay=0.9", through=through)
-    output, _ = process.communicate(timeout=170)
-    assert process.returncode != 0
-    assert output.count("use ZeRO-2, or set it to 0") == 1, output
+    ranks = [
+        warm.start("train_ls.py", *options, "--train.ema_decay=0.9", environment=deepspeed | place)
+        for place in places(2)
+    ]
+    assert [warm.wait(rank) for rank in ranks] == [2, 2], ranks[0].output
+    said = [rank.output.count("use ZeRO-2, or set it to 0") for rank in ranks]
+    assert said == [1, 0]
     assert not (tmp_path / "run").exists()
