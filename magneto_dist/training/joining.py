@@ -82,8 +82,8 @@ def _meet(rank: int, num_ranks: int) -> Store:
             f"rank {rank}: the {num_ranks} processes did not all meet at {where} ({error}): look"
             " whether all were started, and docs/multi_node.md"
         ) from None
-    # Processes that torchrun started anew may meet in the store of those before them.
-    return PrefixStore(f"launch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # Without the number of restarts: a node that has come back counts from 0 again.
+    return PrefixStore("launch", store)
 
 
 def _exchange(store: Store, rank: int, num_ranks: int, fact: object) -> list:
