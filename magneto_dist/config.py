@@ -93,7 +93,8 @@ class DataConfig:
     loader_timeout_s: float = 1800.0
     """Longest wait for a micro-batch of the loader processes, in s, after which the run ends with
     an error; longer than a network is asked again (10 minutes a file); 0: no limit. A cold cache
-    may need many shards for the first micro-batch."""
+    may need many shards for the first micro-batch. Several ranks wait no longer for one than three
+    times train.collective_timeout_s: raise that, too."""
     ledger: bool = False
     """Write the keys of all trained samples to RUN_DIR/ledger, one file per rank."""
     num_streams: int = 64

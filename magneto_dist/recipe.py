@@ -67,7 +67,7 @@ def run_training(config: Config) -> None:
     die_with_launcher()
     stop = StopRequest()
     session = Session(config.train, config.optim.clip_norm)
-    whereabouts = Whereabouts()
+    whereabouts = Whereabouts(is_patient=config.train.compile)
     run_dir, timeout_s = Path(config.output_dir), config.train.collective_timeout_s
     try:
         with (

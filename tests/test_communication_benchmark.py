@@ -29,6 +29,7 @@ SHAPES = Shapes(trained=[(1000, 300), (300,)], frozen=[(400, 400)], norm_channel
 LINK = Link("test", gigabytes_per_s=1.0, latency_us=10.0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(dist.ProcessGroup, "register_pre_hook"), reason="torch without collective hooks"
 )

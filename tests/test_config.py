@@ -27,9 +27,9 @@ def test_shipped_configs_parse(path: Path) -> None:
 def test_accelerate_configs_parse_and_leave_our_settings_to_us(path: Path) -> None:
     config = load_config_from_file(str(path))
     assert config.mixed_precision == "no"  # --train.precision decides
-    assert str(config.distributed_type).endswith(
-        {"gpu_1": "NO", "gpu_8": "MULTI_GPU", "multi_node": "MULTI_GPU"}.get(path.stem, "DEEPSPEED")
-    )
+    kinds = {"gpu_8": "MULTI_GPU", "multi_node": "MULTI_GPU", "cpu_1": "NO", "gpu_1": "NO"}
+    kinds |= {"fsdp2_cpu_2": "FSDP", "fsdp2_gpu_8": "FSDP"}
+    assert str(config.distributed_type).endswith(kinds.get(path.stem, "DEEPSPEED"))
     if config.deepspeed_config:
         ours = {"gradient_accumulation_steps", "gradient_clipping", "train_batch_size"}
         stage = path.stem[len("zero")]

@@ -17,6 +17,7 @@ passed over, and said so.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -37,10 +38,13 @@ from magneto_dist.training.session import Session
 
 MARKER = "COMPLETE"
 WEIGHTS, AVERAGED_WEIGHTS = "model.safetensors", "ema.safetensors"
-DEEPSPEED = "deepspeed"
+OPTIMIZER, DEEPSPEED = "optimizer.pt", "deepspeed"
 _PROGRESS = "progress.json"
 _ALWAYS_THERE = {WEIGHTS, _PROGRESS, "config.yaml"}
-_UNREADABLE = (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError, EOFError)
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    *(OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError),
+)
 _STEP_FOLDER = re.compile(r"step-\d{8,}")
 
 
@@ -154,8 +158,8 @@ def best_or_newest(run_dir: Path) -> Path | None:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None: it is complete and unaltered.
 
-    What others may have put beside the files that were written is passed over, but for pickles
-    that DeepSpeed would read.
+    What others may have put beside the files that were written is passed over, unless it would be
+    read.
     """
     if not (folder / MARKER).is_file():
         return f"{MARKER} is missing"
@@ -170,8 +174,9 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if sha256_of(folder / name) != expected:
             return f"{name} is not what was written"
-    parts = (path for path in (folder / DEEPSPEED).rglob("*") if not path.is_dir())
-    added = sorted({str(path.relative_to(folder)) for path in parts} - hashes.keys())
+    read = [folder / AVERAGED_WEIGHTS, folder / OPTIMIZER, *(folder / DEEPSPEED).rglob("*")]
+    there = {str(p.relative_to(folder)) for p in read if os.path.lexists(p) and not p.is_dir()}
+    added = sorted(there - hashes.keys())
     return f"{added[0]} was added" if added else None
 
 
@@ -273,7 +278,7 @@ def load_optimizer(session: Session, folder: Path, model: nn.Module, optimizer: 
         require_no_code(folder / DEEPSPEED)
         model.load_checkpoint(str(folder), tag=DEEPSPEED)  # type: ignore[operator]
     else:
-        path = folder / "optimizer.pt"
+        path = folder / OPTIMIZER
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             session.load_optimizer_state(optimizer, state)

@@ -33,6 +33,7 @@ from magneto_dist.training.checkpoint import (
     AVERAGED_WEIGHTS,
     DEEPSPEED,
     MARKER,
+    OPTIMIZER,
     WEIGHTS,
     Progress,
     folder_of,
@@ -259,7 +260,7 @@ def _write_files(temporary: Path, contents: _Contents, config: Config) -> None:
         _save_tensors(contents.weights | contents.averages, temporary / AVERAGED_WEIGHTS)
     if contents.optimizer is not None:
         try:
-            torch.save(contents.optimizer, temporary / "optimizer.pt")
+            torch.save(contents.optimizer, temporary / OPTIMIZER)
         except RuntimeError as error:  # what torch makes of an OSError
             raise OSError(str(error)) from None
     progress = json.dumps(asdict(contents.progress), indent=2)

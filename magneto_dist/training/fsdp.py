@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import broadcast
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -34,7 +35,7 @@ def shard(
     together. Frozen weights stay whole: nothing of them travels, and batch norms fold into them.
 
     Args:
-        model: on its device, equal on all ranks.
+        model: on its device; becomes that of rank 0 on all ranks.
         optimizer: of its trained weights, before its first step.
         num_ranks: number of processes, at least 2.
         keep_gathered: keep a unit's weights until its backward pass, for speed.
@@ -45,6 +46,10 @@ def shard(
     trained = {weight for weight in names if weight.requires_grad}
     for weight in trained:
         weight.data = weight.data.contiguous()  # channels-last ones cannot be cut
+    for tensor in (*model.parameters(), *model.buffers()):  # as DDP does
+        of_main = tensor.detach().contiguous()
+        broadcast(of_main, src=0)
+        tensor.data.copy_(of_main)
     mesh = init_device_mesh(next(iter(trained)).device.type, (num_ranks,))
     for unit in (*_units(model), model):
         fully_shard(

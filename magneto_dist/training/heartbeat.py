@@ -55,9 +55,14 @@ class Place(NamedTuple):
 
 
 class Whereabouts:
-    """The place of this process, for its watchdog."""
+    """The place of this process, for its watchdog.
 
-    def __init__(self) -> None:
+    Args:
+        is_patient: any step may take long, e.g. where a compiler meets another kind of batch.
+    """
+
+    def __init__(self, *, is_patient: bool = False) -> None:
+        self._is_patient = is_patient
         self.place = Place(0, 0, "start", True)
         self._first_step = 0
 
@@ -66,7 +71,8 @@ class Whereabouts:
         before = self.place
         step = before.step if step is None else step
         self._first_step = self._first_step or step
-        is_patient = phase != "training" or step == self._first_step
+        is_first = step == self._first_step
+        is_patient = self._is_patient or phase != "training" or is_first
         self.place = Place(before.count + 1, step, phase, is_patient)
 
     def at_each(self, phase: Phase, items: Iterable[T]) -> Iterator[T]:

@@ -82,8 +82,11 @@ def _meet(rank: int, num_ranks: int) -> Store:
             f"rank {rank}: the {num_ranks} processes did not all meet at {where} ({error}): look"
             " whether all were started, and docs/multi_node.md"
         ) from None
-    # Without the number of restarts: a node that has come back counts from 0 again.
-    return PrefixStore("launch", store)
+    # A store of torchrun's outlives its processes, and holds the answers of those before. Else the
+    # number of restarts must not count: that of a node which has come back begins at 0 again.
+    outlives = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if outlives else "0"
+    return PrefixStore(f"launch/{restarts}", store)
 
 
 def _exchange(store: Store, rank: int, num_ranks: int, fact: object) -> list:

@@ -38,7 +38,7 @@ def check_launch(config: TrainConfig, clip_norm: float | None, has_gpu: bool) ->
             configuration, or does not fit this machine.
     """
     _warn_of_restarts()
-    _check_precision(config, has_gpu)
+    _check_precision(config, has_gpu, trains=clip_norm is not None)
     _check_accumulation(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"), "accelerate")
     if uses_fsdp():
         _check_fsdp(config, trains=clip_norm is not None)
@@ -108,7 +108,7 @@ def _is_true(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 
 
-def _check_precision(config: TrainConfig, has_gpu: bool) -> None:
+def _check_precision(config: TrainConfig, has_gpu: bool, *, trains: bool) -> None:
     launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched_with not in ("no", config.precision):
         raise refusal(
@@ -117,7 +117,7 @@ def _check_precision(config: TrainConfig, has_gpu: bool) -> None:
         )
     if config.precision == "fp16" and not has_gpu:
         raise refusal("--train.precision fp16 needs a GPU; on CPU use bf16 or no")
-    if config.precision == "fp16" and uses_deepspeed():
+    if config.precision == "fp16" and trains and uses_deepspeed():
         raise refusal(
             "--train.precision fp16 is for DDP; with DeepSpeed use bf16, or no (its loss scaling"
             " does not tell of the steps that it skips)"

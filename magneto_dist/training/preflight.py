@@ -26,7 +26,6 @@ from magneto_dist.training.resume import fingerprint
 from magneto_dist.training.session import Session
 
 _NODE_HAS_ITS_OWN = {
-    "output_dir",  # the folder is compared (`Watchdog`), not its name
     "data.path",  # what lies there is compared
     "data.cache_dir",
     "data.cache_gb",

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from magneto_dist.errors import InputError
+
 
 class WeightAverage:
     """Averages of the weights that are trained; buffers stay the model's own.
@@ -43,8 +45,14 @@ class WeightAverage:
         return self._averages
 
     def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Goes on from averages of an earlier process; other names are passed over."""
+        """Goes on from averages of an earlier process; other names are passed over.
+
+        Raises:
+            InputError: one is missing, or has another shape.
+        """
         for name, average in self._averages.items():
+            if name not in averages or averages[name].shape != average.shape:
+                raise InputError(f"the averaged weights of the checkpoint have no {name} like ours")
             average.copy_(averages[name])
 
     @torch.no_grad()

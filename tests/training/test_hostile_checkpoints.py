@@ -96,6 +96,9 @@ def test_files_that_are_no_files_and_pickles_that_were_added(run_dir: Path) -> N
     torch.save(Code(run_dir / "witness"), checkpoint / "deepspeed/mp_rank_00_model_states.pt")
     assert find_damage(checkpoint) == "deepspeed/mp_rank_00_model_states.pt was added"
     shutil.rmtree(checkpoint / "deepspeed")
+    shutil.copy(checkpoint / "model.safetensors", checkpoint / "ema.safetensors")
+    assert find_damage(checkpoint) == "ema.safetensors was added"
+    (checkpoint / "ema.safetensors").unlink()
     (checkpoint / "optimizer.pt").unlink()
     os.mkfifo(checkpoint / "optimizer.pt")  # reading it would wait for ever
     assert find_damage(checkpoint) == "optimizer.pt is missing"
@@ -141,9 +144,11 @@ def test_code_among_deepspeeds_pickles_is_found_and_not_run(tmp_path: Path) -> N
     torch.save({"weight": torch.zeros(2), "x": Code(tmp_path / "witness")}, tmp_path / "bad.pt")
     with pytest.raises(InputError, match=r"bad\.pt would call posix\.mkdir"):
         require_no_code(tmp_path)
-    (tmp_path / "bad.pt").write_bytes(b"cut off")
-    with pytest.raises(InputError, match=r"bad\.pt: cannot be read"):
-        require_no_code(tmp_path)
+    archive = (tmp_path / "sound.pt").read_bytes()
+    for damaged in (b"cut off", archive[: len(archive) // 2]):
+        (tmp_path / "bad.pt").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"bad\.pt: cannot be read"):
+            require_no_code(tmp_path)
     assert not (tmp_path / "witness").exists()
 
 
