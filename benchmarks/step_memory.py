@@ -35,9 +35,11 @@ from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.model.backbone import Backbone, recompute_activations
 from magneto_dist.model.folding import FoldedStages
 from magneto_dist.model.magneto import build_model
+from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.loop import Counts, Job, train_step
 from magneto_dist.training.optim import build_optimizer
 from magneto_dist.training.session import OptimizerStep, Session
+from magneto_dist.training.weight_average import WeightAverage
 from magneto_dist.world import World
 
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -108,6 +110,8 @@ def training_job(config: Config, session: Session, model: Any, optimizer: Any) -
         model=model,
         optimizer=optimizer,
         plan=plan_of(config),
+        average=WeightAverage(model, config.train.ema_decay),
+        whereabouts=Whereabouts(),
         **unused,
     )
 

@@ -180,6 +180,7 @@ def _train_in_folder(
             loader=loader,
             plan=plan,
             telemetry=log,
+            whereabouts=whereabouts,
             stop=stop,
             average=average,
             evaluate=_Evaluation(config, session, dataset, plan, wrapped, log),

@@ -29,6 +29,7 @@ from magneto_dist.model.norm import commit_batch_norm_statistics, reset_batch_no
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.checkpoint_writer import CheckpointWriter
 from magneto_dist.training.divergence import require_finite_state
+from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.optim import Schedule
 from magneto_dist.training.process import StopRequest
 from magneto_dist.training.session import Session
@@ -48,6 +49,7 @@ class Job:
     loader: Loader
     plan: BatchPlan
     telemetry: Telemetry
+    whereabouts: Whereabouts
     stop: StopRequest
     average: WeightAverage
     evaluate: Callable[[int], dict]
@@ -154,7 +156,7 @@ def train_step(
     num_rows = len(micro_batches) * job.plan.micro_batch_size * session.world.num_ranks
     all_valid = counts.items == num_rows
     for batch in micro_batches:
-        job.telemetry.whereabouts.at("training")
+        job.whereabouts.at("training")
         batch = replace(batch, all_valid=all_valid).to(session.device)
         # Dropout belongs to its place in the run, so that a resumed run draws what it would have.
         torch.manual_seed(seed_for(config.seed, batch.step, batch.micro_step, session.world.rank))

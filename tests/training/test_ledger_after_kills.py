@@ -39,6 +39,7 @@ def entries(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.timeout(400)  # five launches
 def test_union_of_ledgers_is_exact_after_three_kills_and_with_fewer_processes(
     data: Path, tmp_path: Path
 ) -> None:
