@@ -101,7 +101,10 @@ def model_of(config: Config, num_tags: int) -> nn.Module:
 
 
 def training_job(config: Config, session: Session, model: Any, optimizer: Any) -> Job:
-    """The parts of a run that `train_step` uses; it does not look at the others."""
+    """The parts of a run that `train_step` uses; it does not look at the others.
+
+    An average of the weights (train.ema_decay) is left out: as much as those that are trained.
+    """
     others = ("schedule", "loader", "telemetry", "stop", "evaluate", "checkpoints")
     unused: dict[str, Any] = dict.fromkeys(others)
     return Job(
@@ -110,7 +113,7 @@ def training_job(config: Config, session: Session, model: Any, optimizer: Any) -
         model=model,
         optimizer=optimizer,
         plan=plan_of(config),
-        average=WeightAverage(model, config.train.ema_decay),
+        average=WeightAverage(nn.Identity(), decay=0),
         whereabouts=Whereabouts(),
         **unused,
     )
