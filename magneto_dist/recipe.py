@@ -153,7 +153,8 @@ def _train_in_folder(
         session.unwrap(wrapped), config.train.ema_decay, start.step - start.skipped_steps
     )
     if checkpoint and config.train.ema_decay:
-        average.load(read_tensors(checkpoint / AVERAGED_WEIGHTS))
+        averages = checkpoint / AVERAGED_WEIGHTS
+        session.on_all(lambda: average.load(read_tensors(averages)))
     start = replace(
         start,
         num_ranks=session.world.num_ranks,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from processes import end_what_is_left
+
 if TYPE_CHECKING:
     from warm import Warm
 
@@ -24,6 +26,12 @@ settings.load_profile("default")
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: many tests wait for processes that they have started."""
     return len(os.sched_getaffinity(0)) + 1
+
+
+@pytest.fixture(autouse=True)
+def _end_what_is_left() -> Iterator[None]:
+    yield
+    end_what_is_left()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
+_launched: list[subprocess.Popen[str]] = []
 
 # Small enough for seconds, with every part of the real thing: backbone that trains, ghost batch
 # norm, two streams, gate, augmentation, tag adding & dropping.
@@ -43,13 +44,14 @@ def launch(
 ) -> subprocess.Popen[str]:
     """Starts a launcher as a process of its own; `ranks` > 0: that many under torchrun.
 
-    Files that would grow over `largest_file_bytes` meet an error, as on a full disk.
+    Files that would grow over `largest_file_bytes` meet an error, as on a full disk. What a test
+    has not waited for is ended after it.
     """
     command = [*through] or [sys.executable]
     if ranks:
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
         command += [f"--master_port={free_port()}", "--"]  # else it takes our --run for its own
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, str(REPOSITORY / "launchers" / launcher), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -59,6 +61,17 @@ def launch(
         preexec_fn=largest_file_bytes
         and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file_bytes,) * 2)),
     )
+    _launched.append(process)
+    return process
+
+
+def end_what_is_left() -> None:
+    """Ends launched processes that a failed test has not waited for, lest they disturb the next."""
+    for process in _launched:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    _launched.clear()
 
 
 def run(

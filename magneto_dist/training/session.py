@@ -31,10 +31,10 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from magneto_dist.config import TrainConfig
+from magneto_dist.config import Precision, TrainConfig
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.errors import InputError, ReportedError
-from magneto_dist.training import fsdp
+from magneto_dist.training import fsdp, zero
 from magneto_dist.training.joining import check_together
 from magneto_dist.training.launch_flags import (
     check_launch,
@@ -130,7 +130,8 @@ class Session:
         self._keep_gathered = fsdp_keeps_gathered()
         self._gradient_scale = float(self.world.num_ranks)
         self._clip_norm = clip_norm or 0.0
-        self._comm_hook, self._precision = config.ddp_comm_hook, config.precision
+        self._comm_hook = config.ddp_comm_hook
+        self._precision: Precision = config.precision
 
     @property
     def device(self) -> torch.device:
@@ -176,23 +177,8 @@ class Session:
             self._gradient_scale = float(self.world.num_ranks * plan.micro_steps)
             plugin = self._accelerator.state.deepspeed_plugin
             assert plugin is not None
-            plugin.deepspeed_config.update(
-                train_micro_batch_size_per_gpu=plan.micro_batch_size,
-                gradient_accumulation_steps=plan.micro_steps,
-                # Unless told otherwise DeepSpeed clips to norm 1; 0 is off.
-                gradient_clipping=self._clip_norm,
-            )
-            # accelerate would have DeepSpeed hold weights in half precision and compute all in it.
-            # So weights and what travels stay as they are, and autocast decides, as in DDP.
-            plugin.deepspeed_config["torch_autocast"] = {
-                "enabled": self._precision == "bf16",
-                "dtype": "bfloat16",
-                "lower_precision_safe_modules": [],
-            }
-            # ZeRO-3 gives the whole weights away on demand alone ("16bit": in the dtype they have).
-            plugin.deepspeed_config.setdefault("zero_optimization", {}).update(
-                stage3_gather_16bit_weights_on_model_save=True
-            )
+            settings = plugin.deepspeed_config
+            zero.complete_settings(settings, plan, self._precision, self._clip_norm)
         with warnings.catch_warnings():
             # The name that replaces it does not exist in torch 2.11, nor in accelerate yet.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from magneto_dist.config import ModelConfig, TrainConfig
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.model.magneto import build_model
+from magneto_dist.training.process import die_with_launcher
 from magneto_dist.training.session import Session
 
 STEPS, ITEMS, SLOTS, TAGS = 20, 8, 6, 30
@@ -24,6 +25,7 @@ MODEL = ModelConfig(kind="tf-t", d_model=16, num_heads=2, tag_layers=1, dropout=
 
 
 def main(hook: str, out: Path, d_ff: int) -> None:
+    die_with_launcher()
     session = Session(TrainConfig(ddp_comm_hook=hook, power_sgd_start_step=2), clip_norm=0.0)
     torch.manual_seed(0)
     model = build_model(replace(MODEL, d_ff=d_ff), TAGS)
