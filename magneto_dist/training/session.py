@@ -96,6 +96,8 @@ class Session:
                 broadcast_buffers=False, gradient_as_bucket_view=True, **_comm_hook(config, has_gpu)
             )
         ]
+        if uses_deepspeed():
+            zero.compile_no_operator()
         if "WORLD_SIZE" in os.environ:  # alone, accelerate would ask a group that is not there
             backend = "nccl" if has_gpu else "gloo"
             handlers.append(InitProcessGroupKwargs(backend, timeout=timedelta(seconds=wait_s)))

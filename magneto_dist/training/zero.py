@@ -8,6 +8,18 @@ from magneto_dist.config import Precision
 from magneto_dist.data.order import BatchPlan
 
 
+def compile_no_operator() -> None:
+    """Spares a run on CPU minutes of compiler time before its first step.
+
+    DeepSpeed's process group asks this table whether it may compile an operator that serves
+    inference alone; to fill it, it would start the compiler once for every operator that it knows.
+    To be called before DeepSpeed joins the process group.
+    """
+    import deepspeed.ops  # takes seconds: only where DeepSpeed trains
+
+    deepspeed.ops.__compatible_ops__ = {}
+
+
 def complete_settings(
     settings: dict[str, Any], plan: BatchPlan, precision: Precision, clip_norm: float
 ) -> None:
