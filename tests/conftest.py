@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from processes import end_what_is_left
-
-if TYPE_CHECKING:
-    from warm import Warm
+from warm import Warm, end_shared, shared
 
 # Before torch is imported: several test processes share the cores, and threads that wait spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,6 +31,12 @@ def _end_what_is_left() -> Iterator[None]:
     end_what_is_left()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _end_shared() -> Iterator[None]:
+    yield
+    end_shared()
+
+
 @pytest.fixture(scope="session")
 def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo data set with 90 training and 22 validation items."""
@@ -45,9 +48,6 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+def warm() -> Warm:
     """A process from which launchers fork: for tests that start many."""
-    from warm import Warm
-
-    with Warm(tmp_path_factory.mktemp("output")) as process:
-        yield process
+    return shared()

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parent.parent
-_launched: list[subprocess.Popen[str]] = []
+from warm import PATIENCE_S, REPOSITORY, ForkedRanks, places, shared
+
+_launched: list[subprocess.Popen[str] | ForkedRanks] = []
 
 # Small enough for seconds, with every part of the real thing: backbone that trains, ghost batch
 # norm, two streams, gate, augmentation, tag adding & dropping.
@@ -37,29 +35,37 @@ TINY = [
 def launch(
     launcher: str,
     *options: str,
-    ranks: int = 0,
-    through: Sequence[str] = (),
+    ranks: int = 1,
     largest_file_bytes: int | None = None,
     cwd: Path | None = None,
-) -> subprocess.Popen[str]:
-    """Starts a launcher as a process of its own; `ranks` > 0: that many under torchrun.
+) -> ForkedRanks:
+    """Starts a launcher on `ranks` processes, forks of one that has imported it all.
 
     Files that would grow over `largest_file_bytes` meet an error, as on a full disk. What a test
     has not waited for is ended after it.
     """
-    command = [*through] or [sys.executable]
-    if ranks:
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-        command += [f"--master_port={free_port()}", "--"]  # else it takes our --run for its own
+    forks = [
+        shared().start(
+            launcher,
+            *options,
+            environment=place,
+            cwd=cwd,
+            largest_file_bytes=largest_file_bytes,
+        )
+        for place in places(ranks)
+    ]
+    _launched.append(launched := ForkedRanks(forks))
+    return launched
+
+
+def launch_through(through: Sequence[str], launcher: str, *options: str) -> subprocess.Popen[str]:
+    """Starts a launcher as people do, by a command that begins with `through`."""
     process = subprocess.Popen(
-        [*command, str(REPOSITORY / "launchers" / launcher), *options],
+        [*through, str(REPOSITORY / "launchers" / launcher), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=largest_file_bytes
-        and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file_bytes,) * 2)),
     )
     _launched.append(process)
     return process
@@ -77,13 +83,16 @@ def end_what_is_left() -> None:
 def run(
     launcher: str,
     *options: str,
-    ranks: int = 0,
+    ranks: int = 1,
     through: Sequence[str] = (),
     cwd: Path | None = None,
 ) -> str:
     """Runs a launcher to its end, which must be a good one; returns what it printed."""
-    process = launch(launcher, *options, ranks=ranks, through=through, cwd=cwd)
-    output, _ = process.communicate(timeout=170)
+    if through:
+        process = launch_through(through, launcher, *options)
+    else:
+        process = launch(launcher, *options, ranks=ranks, cwd=cwd)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     return output
 
@@ -112,9 +121,9 @@ def status(run_dir: Path) -> dict:
     return json.loads((run_dir / "status.json").read_text())
 
 
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str] | ForkedRanks, run_dir: Path, step: int) -> None:
     """Waits until a step is logged; the run must not end before."""
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + PATIENCE_S
     path = run_dir / "metrics.jsonl"
     while not (path.exists() and f'"step": {step},' in path.read_text()):
         assert process.poll() is None, process.communicate()[0]
@@ -129,10 +138,3 @@ def damage_picture(data: Path, shard: str, row: int) -> str:
         file.seek(int(words[1]))
         file.write(b"no picture")
     return words[-1].removesuffix(".json")
-
-
-def free_port() -> int:
-    """A TCP port on loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

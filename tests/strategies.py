@@ -58,7 +58,7 @@ def train(strategy: str, data: Path, run_dir: Path, *more: str, steps: int = STE
     if strategy.startswith(("zero", "fsdp")):
         config = REPOSITORY / "configs" / "accelerate" / f"{strategy}_cpu_2.yaml"
         through = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    ranks = 2 if strategy == "ddp" else 0
+    ranks = 2 if strategy == "ddp" else 1
     return run("train_ls.py", *options, *more, ranks=ranks, through=through)
 
 

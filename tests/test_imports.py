@@ -27,7 +27,7 @@ MAY_IMPORT["export"] = set(MAY_IMPORT)
 MAY_IMPORT["recipe"] = set(MAY_IMPORT)
 ONLY_IN = {
     "accelerate": {"training/session.py"},
-    "deepspeed": set(),
+    "deepspeed": {"training/zero.py"},
     "nvidia": {"data/dali_pipeline.py", "data/decode_dali.py"},
     "matplotlib": {"report.py"},
     "jsonargparse": {"config_io.py"},

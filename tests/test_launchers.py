@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from magneto_dist.gallery import gallery
 from magneto_dist.inference import ItemPrediction
 from magneto_dist.trained_run import load_run
 from processes import TINY, damage_picture, launch, run, summary
+from warm import PATIENCE_S, REPOSITORY
 
 NUM_ITEMS = 22  # of the validation split
 
@@ -66,7 +68,7 @@ def lines(path: Path) -> list[dict]:
 def refused(launcher: str, *options: str) -> str:
     """The one line with which bad input ends."""
     process = launch(launcher, *options)
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 2, output
     assert "Traceback" not in output
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
@@ -76,7 +78,7 @@ def refused(launcher: str, *options: str) -> str:
 # evaluate ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_evaluation_gives_the_numbers_of_training_on_any_number_of_ranks(run_dir, tmp_path, ranks):
     out = tmp_path / "scores.json"
     printed = run("evaluate.py", "--run", str(run_dir), "--out", str(out), ranks=ranks)
@@ -259,3 +261,11 @@ def test_picture_of_the_gallery_is_a_small_jpeg():
     thumbnail = Image.open(io.BytesIO(base64.b64decode(encoded[1])))
     assert thumbnail.size == (320, 213)
     assert "0.75" in html
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", sorted(p.name for p in (REPOSITORY / "launchers").glob("*.py"))
+)
+def test_every_launcher_starts_in_a_process_of_its_own(launcher: str) -> None:
+    assert "usage: " in run(launcher, "--help", through=[sys.executable])

@@ -15,7 +15,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from magneto_dist.config_io import parse_command_line
-from processes import REPOSITORY, TINY, free_port, losses, run, status, wait_for_step
+from processes import REPOSITORY, TINY, losses, run, status, wait_for_step
+from warm import PATIENCE_S, free_port
 
 SBATCH = REPOSITORY / "launchers/slurm/train.sbatch"
 KUBERNETES = REPOSITORY / "launchers/kubernetes/train.yaml"
@@ -64,7 +65,7 @@ def start_sbatch(run_dir: Path, data: Path, *more: str) -> subprocess.Popen[str]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_sbatch_script_queues_again_what_it_stopped_and_nothing_else(
     demo_shards: Path, tmp_path: Path
 ) -> None:
@@ -73,20 +74,20 @@ def test_sbatch_script_queues_again_what_it_stopped_and_nothing_else(
     process = start_sbatch(run_dir, demo_shards, *long)
     wait_for_step(process, run_dir, 3)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     assert "queued again: 17\n" in output
     assert status(run_dir)["state"] == "preempted"
     saved = status(run_dir)["step"]
 
     process = start_sbatch(run_dir, demo_shards, *long, "--seed=5")
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1, output
     assert "seed" in status(run_dir)["reason"]
     assert "queued again" not in output
 
     process = start_sbatch(run_dir, demo_shards, *long, f"--max_steps={saved + 2}")
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     assert "queued again" not in output
     assert status(run_dir)["state"] == "done"

@@ -1,27 +1,19 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from magneto_dist.data.shards import Dataset
-
-REPOSITORY = Path(__file__).parents[2]
+from warm import shared
 
 
 def shards(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, REPOSITORY / "launchers" / "shards.py", *words],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
+    started = shared().start("shards.py", *map(str, words), separate_errors=True)
+    return subprocess.CompletedProcess(words, started.wait(), started.output, started.errors)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources import demo, demo_pictures
 from magneto_dist.data.sources.demo import DemoRow
 from magneto_dist.errors import InputError
+from warm import PATIENCE_S
 
 VISUAL = {*demo_pictures.SHAPES, *demo_pictures.COLOURS, *demo_pictures.TINTS}
 VISUAL |= set(demo_pictures.TEXTURES)
@@ -217,7 +218,7 @@ def start(items: int, cache: Path) -> subprocess.Popen[str]:
 
 def test_several_processes_make_the_demo_once(tmp_path: Path) -> None:
     processes = [start(8, tmp_path) for _ in range(3)]
-    outputs = [process.communicate(timeout=60) for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE_S) for process in processes]
     folder = tmp_path / "magneto_dist" / f"demo-{demo.CONTENT_VERSION}-8"
     assert [out for out, _ in outputs] == [f"{folder}\n"] * 3
     assert sum("writing demo" in errors for _, errors in outputs) == 1

@@ -17,6 +17,7 @@ from magneto_dist.data.stream import Record
 from magneto_dist.errors import InputError
 from magneto_dist.world import World
 from processes import TINY, launch, status
+from warm import PATIENCE_S
 
 
 def test_a_run_whose_disk_no_longer_answers_ends_with_a_clear_line(damaged, tmp_path):
@@ -36,7 +37,7 @@ def test_a_run_whose_disk_no_longer_answers_ends_with_a_clear_line(damaged, tmp_
         *TINY,
         *options,
     )
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 2, output
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "gave no micro-batch for 2 s (--data.loader_timeout_s)" in line

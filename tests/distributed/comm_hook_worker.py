@@ -64,4 +64,4 @@ def _loss(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))  # as a launcher does

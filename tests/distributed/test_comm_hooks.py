@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from processes import free_port
+from warm import shared
 
 
 def train(hook: str, out: Path, d_ff: int = 32) -> dict:
     worker = Path(__file__).with_name("comm_hook_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={free_port()}", str(worker), hook, str(out), str(d_ff)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
-    assert done.returncode == 0, done.stderr
+    shared().run(str(worker), hook, str(out), str(d_ff), ranks=2)
     return json.loads(out.read_bytes())
 
 

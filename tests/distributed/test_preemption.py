@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from magneto_dist.training.checkpoint import find_damage
-from processes import TINY, free_port, launch, losses, status, wait_for_step
-from warm import Warm, places
+from processes import TINY, launch_through, losses, status, wait_for_step
+from warm import PATIENCE_S, Warm, free_port, places
 
 STEPS, SAVE_STEPS = 14, 4
 BOUND_S = 60  # on a machine that is busy with other tests; a second or two on a free one
@@ -77,7 +77,7 @@ def test_a_signal_to_any_rank_stops_all_at_the_same_step(
 
 
 def wait_for_line(path: Path, content: str) -> None:
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + PATIENCE_S
     while not (path.exists() and content in path.read_text()):
         assert time.monotonic() < deadline_s
         time.sleep(0.002)
@@ -88,7 +88,7 @@ def test_a_signal_to_torchrun_and_every_loader_process_saves(
 ) -> None:
     """What a scheduler does that signals all processes of a job."""
     command = options(demo_shards, tmp_path, "--data.num_workers=1")
-    process = launch("train_ls.py", *command, through=torchrun())
+    process = launch_through(torchrun(), "train_ls.py", *command)
     wait_for_step(process, tmp_path, 2)
     for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]:
         each.send_signal(signal.SIGTERM)
@@ -100,6 +100,7 @@ def test_a_signal_to_torchrun_and_every_loader_process_saves(
     assert_same_run(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_when_a_rank_is_killed(
     demo_shards: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -107,10 +108,10 @@ def test_torchrun_restarts_when_a_rank_is_killed(
     through = torchrun(*meeting, "--max-restarts=1", "--monitor-interval=0.2")
     # Else the new processes find addresses of the old ones, where these do not start as fast.
     through = ["env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", *through]
-    process = launch("train_ls.py", *options(demo_shards, tmp_path), through=through)
+    process = launch_through(through, "train_ls.py", *options(demo_shards, tmp_path))
     wait_for_step(process, tmp_path, 6)
     rank(process, 1).kill()
-    output, _ = process.communicate(timeout=150)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     assert_same_run(tmp_path, undisturbed)
 
@@ -121,7 +122,7 @@ def test_nothing_outlives_a_killed_torchrun_and_the_next_launch_goes_on(
     # Left alone it would train for hours.
     endless = ("--train.epochs=99999", "--max_steps=999999", "--optim.schedule=constant")
     command = options(demo_shards, tmp_path, "--data.num_workers=1", *endless)
-    process = launch("train_ls.py", *command, through=torchrun())
+    process = launch_through(torchrun(), "train_ls.py", *command)
     wait_for_step(process, tmp_path, 5)
     family = psutil.Process(process.pid).children(recursive=True)
     # two ranks, each with a fork server, a loader process and what keeps track of shared memory

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from processes import TINY, launch, losses, run, status, summary
-from warm import Warm
+from processes import TINY, launch, launch_through, losses, run, status, summary
+from warm import PATIENCE_S, Warm
 
 STEPS = 20
 
@@ -119,21 +119,21 @@ def test_grown_and_shrunk_run_keeps_its_batches(
 def test_what_is_wrong_is_said_once(demo_shards: Path, tmp_path: Path) -> None:
     refused = options(demo_shards, tmp_path, "--resume=/nowhere/step-00000001")
     process = launch("train_ls.py", *refused, ranks=2)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 1  # torchrun's
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 2
     assert status(tmp_path)["state"] == "failed"
     assert output.count("error: ") == 1, output
     assert "/nowhere" in status(tmp_path)["reason"]
 
 
-@pytest.mark.parametrize("asked_for", [1, 2])
+@pytest.mark.parametrize("asked_for", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_accelerate_on_cpu_that_starts_fewer_processes_than_asked_for_is_refused(
     demo_shards: Path, tmp_path: Path, asked_for: int
 ) -> None:
     through = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
     through += [f"--num_processes={asked_for}"]
     command = ("train_ls.py", *options(demo_shards, tmp_path, "--max_steps=1"))
-    output, _ = (process := launch(*command, through=through)).communicate(timeout=170)
+    output, _ = (process := launch_through(through, *command)).communicate(timeout=PATIENCE_S)
     assert (process.returncode == 0) == (asked_for == 1), output
     assert ("error: `accelerate launch` starts one process on CPU" in output) == (asked_for > 1)
     assert ("torchrun --nproc_per_node" in output) == (asked_for > 1)

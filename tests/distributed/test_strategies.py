@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from processes import losses, run, status
@@ -25,13 +27,18 @@ from test_ranks import assert_final_weights_agree, assert_losses_agree, options
 
 @pytest.fixture(scope="module")
 def run_of(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The run folder of a strategy, which is started once."""
-    folder = tmp_path_factory.mktemp("strategies")
+    """The run folder of a strategy, which is started once, whatever process tests it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "strategies"
+    folder.mkdir(exist_ok=True)
 
     def run_dir(strategy: str) -> Path:
-        if not (folder / strategy).exists():
-            steps = STEPS if strategy in GOLDEN else 20
-            train(strategy, demo_shards, folder / strategy, steps=steps)
+        with FileLock(folder / f"{strategy}.lock"):
+            if not (folder / strategy / "summary.json").exists():
+                steps = STEPS if strategy in GOLDEN else 20
+                train(strategy, demo_shards, folder / strategy, steps=steps)
         return folder / strategy
 
     return run_dir
@@ -41,7 +48,10 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run_dir / f"checkpoints/step-{step:08d}/model.safetensors")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(s, marks=pytest.mark.slow if s == "zero1" else ()) for s in STRATEGIES[1:]],
+)
 def test_two_ranks_that_accumulate_equal_one_process(
     run_of: Callable[[str], Path], strategy: str
 ) -> None:
@@ -58,6 +68,7 @@ def test_two_ranks_that_accumulate_equal_one_process(
     assert moved.abs().max() > 1e-4  # so that agreement to 1e-6 says something
 
 
+@pytest.mark.slow
 def test_bf16_of_deepspeed_is_that_of_autocast(
     run_of: Callable[[str], Path], demo_shards: Path, tmp_path: Path
 ) -> None:

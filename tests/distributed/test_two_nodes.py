@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from processes import TINY, launch, losses, status, wait_for_step
-from warm import Warm
+from processes import TINY, launch_through, losses, status, wait_for_step
+from warm import PATIENCE_S, Warm
 
 STEPS = 14
 PORT = 29400  # in namespaces of their own
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def options(data: Path, run_dir: Path) -> list[str]:
 
 def end(*processes: subprocess.Popen[str]) -> None:
     for process in processes:
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, output
 
 
@@ -113,7 +113,7 @@ def test_two_nodes_train_as_one(
     nodes: tuple[Node, Node], demo_shards: Path, one_node: Path, tmp_path: Path
 ) -> None:
     command = ("train_ls.py", *options(demo_shards, tmp_path))
-    end(*[launch(*command, through=node.torchrun(nodes[0])) for node in nodes])
+    end(*[launch_through(node.torchrun(nodes[0]), *command) for node in nodes])
     assert_same_run(tmp_path, one_node)
 
 
@@ -121,10 +121,10 @@ def test_a_node_that_dies_and_comes_back_goes_on_from_the_checkpoint(
     nodes: tuple[Node, Node], demo_shards: Path, one_node: Path, tmp_path: Path
 ) -> None:
     command = ("train_ls.py", *options(demo_shards, tmp_path))
-    first, second = (launch(*command, through=node.torchrun(nodes[0])) for node in nodes)
+    first, second = (launch_through(node.torchrun(nodes[0]), *command) for node in nodes)
     wait_for_step(first, tmp_path, 6)
     nodes[1].kill()
     second.communicate()
     assert second.returncode == -signal.SIGKILL
-    end(first, launch(*command, through=nodes[1].torchrun(nodes[0])))
+    end(first, launch_through(nodes[1].torchrun(nodes[0]), *command))
     assert_same_run(tmp_path, one_node)

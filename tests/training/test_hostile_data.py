@@ -13,6 +13,7 @@ from magneto_dist.data.shard_index import ShardIndex
 from magneto_dist.data.sources import demo
 from processes import TINY, launch, run, summary
 from shard_edits import note_index_hashes
+from warm import PATIENCE_S
 
 ITEMS = 80
 
@@ -108,7 +109,7 @@ def test_so_many_bad_samples_stop_a_run_that_does_not_allow_for_them(
     data: Path, tmp_path: Path
 ) -> None:
     process = launch("train_ls.py", *TINY, f"--data.path={data}", f"--output_dir={tmp_path}")
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 2, output
     assert "Traceback" not in output
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]

@@ -149,7 +149,6 @@ def test_a_run_evaluates_keeps_and_hands_on_its_averages(
     assert first["tag_head.weight"].equal(averages[step_taken - 1]["tag_head.weight"])
 
 
-@pytest.mark.slow  # DeepSpeed may compile an operator first
 def test_zero_3_is_refused_before_anything_is_written(
     warm: Warm, demo_shards: Path, tmp_path: Path
 ) -> None:
