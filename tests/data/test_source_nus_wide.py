@@ -1,25 +1,28 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
+import re
 import shutil
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 from tar_samples import TarSample, tar_samples
 
+import nus_wide_tags
 from magneto_dist.data.shards import Dataset
-from magneto_dist.data.sources import nus_wide
+from magneto_dist.data.sources import nus_wide, nus_wide_files
+from magneto_dist.data.sources.nus_wide_files import read_distribution
 from magneto_dist.errors import InputError
-from magneto_dist.vocabulary import Vocabulary
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "nus_wide"
 CONCEPTS = ["airport", "animal", "beach", "lake", "sky"]
 NUM_IMAGES = 60
+SPLITS = {"train": "train", "test": "validation"}
 
 
 def paths() -> list[str]:
@@ -41,7 +44,8 @@ def labels_and_tags() -> tuple[list[list[int]], list[list[int]]]:
     return labels.tolist(), tags.tolist()
 
 
-def text_files() -> dict[str, bytes]:
+def text_files(by_split: bool = False) -> dict[str, bytes]:
+    """`by_split`: tags and labels in a file for each list, instead of one for all images."""
     labels, tags = labels_and_tags()
     in_test = [i % 3 == 0 for i in range(NUM_IMAGES)]
     files = {
@@ -58,6 +62,14 @@ def text_files() -> dict[str, bytes]:
             assert column[12] == "0"
             column[12] = "-1130179"
         files[f"Groundtruth/AllLabels/Labels_{concept}.txt"] = "\n".join(column) + "\n"
+    if by_split:
+        for path in [path for path in files if "AllLabels/" in path or "AllTags81" in path]:
+            lines = files.pop(path).splitlines(keepends=True)
+            for name, wanted in (("Train", False), ("Test", True)):
+                part = path.replace("AllLabels", "TrainTestLabels").replace("All", f"{name}_")
+                part = part.replace(".txt", f"_{name}.txt") if "Labels_" in part else part
+                chosen = [line for line, test in zip(lines, in_test, strict=True) if test == wanted]
+                files[part] = "".join(chosen)
     return {name: content.encode() for name, content in files.items()}
 
 
@@ -90,11 +102,11 @@ def expected() -> dict[str, dict[str, TarSample]]:
     return splits
 
 
-@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize(("zipped", "by_split"), [(False, False), (True, False), (False, True)])
 def test_annotations_follow_the_rules_of_the_paper(
-    tmp_path: Path, zipped: bool, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, zipped: bool, by_split: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = write_root(tmp_path / "root", text_files(), zipped)
+    root = write_root(tmp_path / "root", text_files(by_split), zipped)
     out = tmp_path / "out"
     report = nus_wide.build(out, root, annotations_only=True)
     labels, tags = labels_and_tags()
@@ -107,8 +119,11 @@ def test_annotations_follow_the_rules_of_the_paper(
     assert not dataset.has_images
     unique = sum(map(len, expected().values()))
     assert report == (unique, [])
-    lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert lines == {
+    header, *lines, verdict = capsys.readouterr().out.splitlines()
+    assert header.split() == ["here", "published"]
+    assert verdict == "differs from the published counts, first in listed"
+    assert "listed 60 269,648" in [" ".join(line.split()) for line in lines]
+    assert {line.split()[0]: line.split()[1] for line in lines} == {
         "listed": "60",
         "with_tags": str(sum(map(any, tags))),
         "with_ground_truth": str(sum(map(any, labels))),
@@ -188,23 +203,117 @@ def test_pictures_are_looked_for_first(tmp_path: Path) -> None:
         nus_wide.build(tmp_path / "out", root, tmp_path / "pictures")
 
 
-@pytest.mark.skipif(not REAL.exists(), reason=f"the distributed labels are not in {REAL}")
-def test_real_ground_truth_has_the_published_figures() -> None:
-    with zipfile.ZipFile(REAL / "ConceptsList.zip") as archive:
+def test_parts_that_leave_an_image_out_are_refused(tmp_path: Path) -> None:
+    files = text_files(by_split=True)
+    listed = files["ImageList/TestImagelist.txt"].splitlines(keepends=True)
+    files["ImageList/TestImagelist.txt"] = b"".join(listed[1:])
+    root = write_root(tmp_path / "root", files)
+    with pytest.raises(InputError, match=r"need every image in a list; use Labels_airport\.txt"):
+        nus_wide.build(tmp_path / "out", root, annotations_only=True)
+
+
+# The whole distribution -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real labels and lists, simulated tags but for twenty images whose tags are published."""
+    if not REAL.exists():
+        pytest.skip(f"the distributed labels are not in {REAL}")
+    root = tmp_path_factory.mktemp("real")
+    known = {row.key: row.tags for row in printed_rows()}
+    zips = (REAL / "Groundtruth.zip", REAL / "ConceptsList.zip")
+    nus_wide_tags.write_root(root, *zips, REAL / "image_list.csv.gz", known)
+    return root
+
+
+class Printed(NamedTuple):
+    key: str
+    tags: tuple[str, ...]
+    important: set[str]
+    split: str
+
+
+def printed_rows() -> list[Printed]:
+    """The rows that the authors' notebook shows."""
+    lines = [line.strip() for line in (REAL / "README.md").read_text().splitlines()]
+    rows = csv.reader(line for line in lines if re.match(r"\d{5,},", line))
+    return [
+        Printed(key, tuple(tags.split(",")), set(important.split(",")), SPLITS[split])
+        for key, tags, important, split in rows
+    ]
+
+
+def read_slowly(root: Path) -> dict[str, dict[str, tuple[set[str], set[str]]]]:
+    """Split -> item id -> (tags, labels): the rules of the paper once more, line by line."""
+    with zipfile.ZipFile(root / "ConceptsList.zip") as archive:
         concepts = archive.read("Concepts81.txt").decode().split()
-    with gzip.open(REAL / "image_list.csv.gz", "rt") as file:
-        num_images = sum(1 for _ in csv.reader(file)) - 1
-    labels = nus_wide.read_ground_truth(REAL, Vocabulary(concepts), num_images)
-    assert labels.shape == (269_648, 81)
-    per_row = np.maximum(labels.sum(axis=1), 1)  # an empty row is counted as one label there
-    assert round(per_row.mean(), 6) == 2.092168
-    assert round(per_row.std(ddof=1), 6) == 1.512925
-    assert per_row.max() == 13
+    images = (root / "ImageList/Imagelist.txt").read_text().split()
+    test = set((root / "ImageList/TestImagelist.txt").read_text().split())
+    labels: list[set[str]] = [set() for _ in images]
+    with zipfile.ZipFile(root / "Groundtruth.zip") as archive:
+        for concept in concepts:
+            words = archive.read(f"AllLabels/Labels_{concept}.txt").split()
+            for image, word in enumerate(words):
+                if word == b"1":
+                    labels[image].add(concept)
+    found: dict[str, dict[str, tuple[set[str], set[str]]]] = {"train": {}, "validation": {}}
+    with (root / "NUS_WID_Tags/AllTags81.txt").open() as file:
+        for image, line in enumerate(file):
+            flags = zip(concepts, line.split(), strict=True)
+            tags = {concept for concept, flag in flags if flag == "1"}
+            if labels[image] and labels[image] <= tags:
+                split = "validation" if images[image] in test else "train"
+                key = images[image].split("_")[-1].removesuffix(".jpg")
+                if not any(key in other for other in found.values()):
+                    found[split][key] = (tags, labels[image])
+    return found
+
+
+@pytest.mark.slow
+def test_the_whole_distribution(real_root: Path) -> None:
+    distribution = read_distribution(real_root)
+    labels_a_row = np.maximum(distribution.ground_truth.sum(axis=1), 1)  # as counted there
+    assert round(labels_a_row.mean(), 6) == 2.092168
+    assert round(labels_a_row.std(ddof=1), 6) == 1.512925
+    assert labels_a_row.max() == 13
+    tags_a_row = distribution.tags.sum(axis=1)
+    assert round(tags_a_row.mean(), 6) == nus_wide_tags.TAGS_MEAN
+    assert tags_a_row.std() == pytest.approx(nus_wide_tags.TAGS_STD, rel=2e-3)
+    assert tags_a_row.max() == nus_wide_tags.TAGS_MAX
+
+    splits, funnel = nus_wide.select(distribution)
+    assert funnel.verdict == "matches the published counts"
+    published = nus_wide.PUBLISHED
+    for stage in ("listed", "with_tags", "with_both", "covered", "train"):
+        assert getattr(funnel, stage) == published[stage], stage
+    assert funnel.validation == published["validation"] - 1  # one image is in both there
+    slow = read_slowly(real_root)
+    for split, rows in splits.items():
+        named = {
+            row.key: (
+                set(row.tags),
+                {tag for tag, flag in zip(row.tags, row.important, strict=True) if flag},
+            )
+            for row in rows
+        }
+        assert named == slow[split]
+    for row in printed_rows():
+        assert slow[row.split][row.key] == (set(row.tags), row.important)
+    assert len(printed_rows()) == 20
+
+    rows = [row for split in splits.values() for row in split]
+    share = np.array([np.mean(row.important) for row in rows])
+    assert share.mean() == pytest.approx(nus_wide_tags.SHARE_MEAN, rel=2e-3)
+    assert share.std() == pytest.approx(nus_wide_tags.SHARE_STD, rel=2e-3)
+    assert round(share.min(), 6) == 0.090909
+    assert max(len(row.tags) for row in rows) == nus_wide_tags.COVERED_MAX
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"the distributed labels are not in {REAL}")
 def test_real_bad_value_counts_as_zero() -> None:
-    lake = nus_wide._read_flags(nus_wide._Files(REAL), "Labels_lake_Train.txt", 161_789, 1)
+    files = nus_wide_files._Files(REAL)
+    lake = nus_wide_files._read_flags(files, "Labels_lake_Train.txt", 161_789, 1)
     with zipfile.ZipFile(REAL / "Groundtruth.zip") as archive:
         lines = archive.read("TrainTestLabels/Labels_lake_Train.txt").split()
     assert lines[78_372] == b"-1130179"

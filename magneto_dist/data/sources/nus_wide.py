@@ -1,35 +1,39 @@
 """NUS-WIDE (Chua et al., 2009) becomes a data set by the rules of the paper, section 4.1.
 
-1. `_Files` finds the distributed text files, unpacked or in their zip archives.
-2. `_read_flags` reads tags and ground truth: one line an image, 81 concepts.
-3. `_select` applies the rules, and counts what each leaves: `Funnel`.
-4. `PictureReader` reads one picture, in one of the writer's processes.
+1. `read_distribution` reads its text files: see nus_wide_files.py.
+2. `select` applies the rules, and counts what each leaves: `Funnel`, beside what is published.
+3. `PictureReader` reads one picture, in one of the writer's processes.
 
 The official train list is the split train, the official test list is validation.
 """
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
 
 from magneto_dist.data.sample import BadSample, Sample
 from magneto_dist.data.shrink import NO_SHRINK, Shrink
+from magneto_dist.data.sources.nus_wide_files import Distribution, item_id, read_distribution
 from magneto_dist.data.writer import WriteReport, write_dataset
 from magneto_dist.errors import InputError
-from magneto_dist.vocabulary import Vocabulary
 
-CONCEPTS_FILE = "Concepts81.txt"
-TAGS_FILE = "AllTags81.txt"
-IMAGE_LIST = "Imagelist.txt"
-SPLIT_LISTS = {"train": "TrainImagelist.txt", "validation": "TestImagelist.txt"}
 IMAGE_FOLDERS = ("Flickr", "images", "Images")
-_BAD_VALUE = b"-1130179"  # once in the distribution, among labels of "lake"; meant: 0
+# Of the whole distribution, as the paper's authors prepared it.
+PUBLISHED = {
+    "listed": 269_648,
+    "with_tags": 133_441,
+    "with_both": 119_890,
+    "covered": 26_559,
+    "train": 15_892,
+    "validation": 10_668,
+}
+# Six item ids are listed twice. The authors joined tags and labels by item id, which makes four
+# rows of two, and left one image in both splits; we count images.
+_JOINED_TWICE = {"with_both": 12, "covered": 12, "train": 12, "validation": 12}
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,20 @@ class Funnel:
     """Of these, in the official test list."""
 
     def __str__(self) -> str:
-        width = max(map(len, asdict(self)))
-        return "\n".join(f"{name:<{width}}  {count:>9,}" for name, count in asdict(self).items())
+        """A line for each count, what is published beside it, and whether they agree."""
+        lines = [f"{'':<17}  {'here':>9}  published"]
+        for name, count in asdict(self).items():
+            published = f"{PUBLISHED[name]:>9,}" if name in PUBLISHED else ""
+            lines.append(f"{name:<17}  {count:>9,}  {published}".rstrip())
+        return "\n".join([*lines, self.verdict])
+
+    @property
+    def verdict(self) -> str:
+        """Whether these are the published counts, or the first that is not."""
+        for name, published in PUBLISHED.items():
+            if abs(getattr(self, name) - published) > _JOINED_TWICE.get(name, 0):
+                return f"differs from the published counts, first in {name}"
+        return "matches the published counts"
 
 
 class NusWideRow(NamedTuple):
@@ -99,14 +115,15 @@ def build(
         InputError: a file is absent or does not fit the others; or as for `write_dataset`.
     """
     folder = None if annotations_only else _image_folder(root, images)
-    vocabulary, splits, funnel = read(root)
+    distribution = read_distribution(root)
+    splits, funnel = select(distribution)
     print(funnel)
     reader = PictureReader(folder)
     return write_dataset(
         out,
         splits,
         reader,
-        vocabulary,
+        distribution.vocabulary,
         samples_per_shard=samples_per_shard,
         shard_megabytes=shard_megabytes,
         image_bytes=reader.image_bytes,
@@ -114,32 +131,6 @@ def build(
         num_processes=num_processes,
         source={"builder": "nus-wide", "annotations_only": annotations_only, **asdict(funnel)},
     )
-
-
-def read(root: Path) -> tuple[Vocabulary, dict[str, list[NusWideRow]], Funnel]:
-    """Concepts, rows of both splits, and how they came about; see `build`."""
-    files = _Files(root)
-    vocabulary = Vocabulary(files.lines(CONCEPTS_FILE))
-    paths = _paths(files, IMAGE_LIST)
-    split_of = _splits(files)
-    ground_truth = read_ground_truth(root, vocabulary, len(paths))
-    tags = _read_flags(files, TAGS_FILE, len(paths), len(vocabulary))
-    return vocabulary, *_select(paths, split_of, vocabulary, ground_truth, tags)
-
-
-def read_ground_truth(
-    root: Path, vocabulary: Vocabulary, num_images: int
-) -> Bool[np.ndarray, "image concept"]:
-    """The labels of all images, in the order of the image list.
-
-    Raises:
-        InputError: a concept's file is absent, or is not one 0 or 1 for each image.
-    """
-    files = _Files(root)
-    columns = [
-        _read_flags(files, f"Labels_{concept}.txt", num_images, 1) for concept in vocabulary.tags
-    ]
-    return np.concatenate(columns, axis=1)
 
 
 @dataclass(frozen=True)
@@ -197,38 +188,39 @@ def _image_folder(root: Path, images: Path | None) -> Path:
     )
 
 
-def _select(
-    paths: list[str],
-    split_of: dict[str, str],
-    vocabulary: Vocabulary,
-    ground_truth: Bool[np.ndarray, "image concept"],
-    tags: Bool[np.ndarray, "image concept"],
-) -> tuple[dict[str, list[NusWideRow]], Funnel]:
-    """The rules of section 4.1.
+def select(distribution: Distribution) -> tuple[dict[str, list[NusWideRow]], Funnel]:
+    """The rules of section 4.1: rows of each split, and how they came about.
 
-    Tags outside the concepts are not in `tags` to begin with (rule 1). Left are images with a label
-    whose tags cover all labels (rule 2), which then have a tag, too (rule 3).
+    Tags outside the concepts are not in the files to begin with (rule 1). Left are images with a
+    label whose tags cover all labels (rule 2), which then have a tag, too (rule 3).
+
+    Raises:
+        InputError: an image that is left is in no official list.
     """
-    has_tag, has_label = tags.any(axis=1), ground_truth.any(axis=1)
+    paths, tags, truth = distribution.paths, distribution.tags, distribution.ground_truth
+    has_tag, has_label = tags.any(axis=1), truth.any(axis=1)
     has_both = has_tag & has_label
-    covered = has_both & ~(ground_truth & ~tags).any(axis=1)
-    splits: dict[str, list[NusWideRow]] = {split: [] for split in SPLIT_LISTS}
+    covered = has_both & ~(truth & ~tags).any(axis=1)
+    names = distribution.vocabulary.tags
+    split_of = {row: split for split, rows in distribution.rows.items() for row in rows.tolist()}
+    splits: dict[str, list[NusWideRow]] = {split: [] for split in distribution.rows}
     keys: set[str] = set()
     for row in np.flatnonzero(covered).tolist():
-        key = _item_id(paths[row])
+        key = item_id(paths[row])
         if key in keys:
             continue
         keys.add(key)
-        if paths[row] not in split_of:
-            lists = " nor in ".join(SPLIT_LISTS.values())
-            raise InputError(f"{IMAGE_LIST}: {paths[row]} is neither in {lists}")
+        if row not in split_of:
+            raise InputError(
+                f"{paths[row]}: is neither in TrainImagelist.txt nor TestImagelist.txt"
+            )
         concepts = np.flatnonzero(tags[row]).tolist()
-        splits[split_of[paths[row]]].append(
+        splits[split_of[row]].append(
             NusWideRow(
                 key,
                 paths[row],
-                tuple(vocabulary.tags[concept] for concept in concepts),
-                tuple(ground_truth[row, concepts].tolist()),
+                tuple(names[concept] for concept in concepts),
+                tuple(truth[row, concepts].tolist()),
             )
         )
     funnel = Funnel(
@@ -242,105 +234,3 @@ def _select(
         validation=len(splits["validation"]),
     )
     return splits, funnel
-
-
-def _item_id(path: str) -> str:
-    """2124494179 of actor/0001_2124494179.jpg."""
-    return PurePosixPath(path).stem.rpartition("_")[2]
-
-
-# Files ------------------------------------------------------------------------------------------
-
-
-class _Files:
-    """The text files of the distribution by name; each name occurs once in it."""
-
-    def __init__(self, root: Path) -> None:
-        if not root.is_dir():
-            raise InputError(f"{root}: is no folder")
-        self._root = root
-        self._places: dict[str, tuple[Path, str | None]] = {}
-        for archive in sorted(root.glob("*.zip")):
-            for member in self._members(archive):
-                self._places[PurePosixPath(member).name] = (archive, member)
-        for pattern in ("*.txt", "*/*.txt", "*/*/*.txt"):
-            for path in sorted(root.glob(pattern)):
-                self._places[path.name] = (path, None)
-
-    def content(self, name: str) -> bytes:
-        """The bytes of a file."""
-        if name not in self._places:
-            raise InputError(f"{self._root}: has no {name}, neither unpacked nor in a zip archive")
-        path, member = self._places[name]
-        try:
-            if member is None:
-                return path.read_bytes()
-            with zipfile.ZipFile(path) as archive:
-                return archive.read(member)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path}: {name} cannot be read: {error}") from None
-
-    def lines(self, name: str) -> list[str]:
-        """The lines of a file, without blanks at their ends and without blank lines."""
-        try:
-            lines = self.content(name).decode("utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise InputError(f"{name}: is not text: {error}") from None
-        return [line.strip() for line in lines if line.strip()]
-
-    def _members(self, archive: Path) -> list[str]:
-        try:
-            with zipfile.ZipFile(archive) as file:
-                return [name for name in file.namelist() if name.endswith(".txt")]
-        except (OSError, zipfile.BadZipFile) as error:
-            raise InputError(f"{archive}: cannot be read: {error}") from None
-
-
-def _paths(files: _Files, name: str) -> list[str]:
-    paths = [line.replace("\\", "/") for line in files.lines(name)]
-    for path in paths:
-        # These become names of files that are opened: nothing but what is distributed.
-        if PurePosixPath(path).is_absolute() or ".." in path.split("/"):
-            raise InputError(f"{name}: {path!r} leaves the folder of pictures")
-        if not _item_id(path).isdecimal():
-            raise InputError(f"{name}: {path!r} does not end with the number of an item")
-    return paths
-
-
-def _splits(files: _Files) -> dict[str, str]:
-    """Path -> split."""
-    split_of: dict[str, str] = {}
-    for split, name in SPLIT_LISTS.items():
-        for path in _paths(files, name):
-            if split_of.setdefault(path, split) != split:
-                raise InputError(f"{name}: {path} is in {SPLIT_LISTS[split_of[path]]}, too")
-    return split_of
-
-
-def _read_flags(
-    files: _Files, name: str, num_lines: int, num_columns: int
-) -> Bool[np.ndarray, "line column"]:
-    """A table of 0 and 1 between blanks.
-
-    Raises:
-        InputError: another value, or other numbers of lines and columns.
-    """
-    content = files.content(name)
-    content = content.replace(_BAD_VALUE, b"0")
-    characters = np.frombuffer(content, dtype=np.uint8)
-    is_value = characters > ord(" ")
-    values = characters[is_value]
-    if np.any((values != ord("0")) & (values != ord("1"))):
-        word = next(word for word in content.split() if word not in (b"0", b"1"))
-        raise InputError(f"{name}: holds {word.decode('latin-1')!r:.40}, not only 0 and 1")
-    # With blanks between all values and 1, 2, 3 ... times num_columns values before every line's
-    # end, no value can have slipped into another place.
-    values_before = np.cumsum(is_value, dtype=np.int64)
-    line_ends = values_before[characters == ord("\n")]
-    joined = np.any(is_value[1:] & is_value[:-1])
-    if joined or len(values) != num_lines * num_columns or np.any(line_ends % num_columns):
-        raise InputError(
-            f"{name}: must have {num_lines} lines of {num_columns} values, but has"
-            f" {len(content.splitlines())} lines and {len(values)} values"
-        )
-    return (values == ord("1")).reshape(num_lines, num_columns)
