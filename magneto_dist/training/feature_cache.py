@@ -1,6 +1,6 @@
 """The features of a frozen backbone, computed once: found in the cache, or made before training.
 
-1. `ingredients` names everything that the features depend on; its hash names their folder.
+1. `feature_key.py` names all that the features depend on, and their folder by a hash of that.
 2. The ranks find out which of them see the same folder. Those of one machine share the work; on
    storage that several machines share, those of the first of them make all, for two machines that
    write into one file may spoil each other's blocks; a machine with a folder of its own fills that.
@@ -12,14 +12,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib.metadata import version
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -39,6 +36,7 @@ from magneto_dist.errors import InputError, PreemptedError
 from magneto_dist.files import require_space
 from magneto_dist.model.backbone import Backbone
 from magneto_dist.model.image_stream import region_features
+from magneto_dist.training.feature_key import cache_folder, ingredients, require_same
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.session import Session
 from magneto_dist.world import World
@@ -47,23 +45,6 @@ _BATCH = 64
 """Pictures at once: part of what a feature's last bits depend on, so the same everywhere."""
 _CHUNK_BATCHES = 8
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "simplejpeg")
-_SOURCES = (
-    "data/augment.py",
-    "data/auto_augment.py",
-    "data/dali_pipeline.py",
-    "data/decode_cpu.py",
-    "data/decode_dali.py",
-    "data/encoded_images.py",
-    "data/image_bytes.py",
-    "data/randomness.py",
-    "data/sample.py",
-    "data/stream.py",
-    "model/backbone.py",
-    "model/folding.py",
-    "model/image_stream.py",
-)
-"""Files of ours that decide what the features are."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +84,7 @@ def cached_features(
     """
     backbone: Backbone = model.image_stream.backbone  # type: ignore[union-attr,assignment]
     made_of = session.on_all(lambda: ingredients(config, dataset, decoder, backbone))
-    session.on_all(partial(_require_same, session.gather(made_of)))
+    session.on_all(partial(require_same, session.gather(made_of)))
     folder = cache_folder(config, made_of)
     place = _place(session, folder)
     views = session.on_all(
@@ -120,81 +101,6 @@ def cached_features(
     return CachedFeatures(train, validation)
 
 
-def ingredients(
-    config: Config, dataset: Dataset, decoder: str, backbone: Backbone
-) -> dict[str, Any]:
-    """Everything that the features of a view depend on, as JSON can hold it.
-
-    Raises:
-        InputError: the backbone is not frozen.
-    """
-    if backbone.frozen_norms_drift or any(p.requires_grad for p in backbone.parameters()):
-        raise InputError(
-            f"--data.feature_views {config.data.feature_views}: --model.frozen_stages"
-            f" {config.model.frozen_stages} leaves stages of {config.model.backbone} that are"
-            " trained; set it to all, or train on the pictures"
-        )
-    shards = [
-        (split, shard.name, shard.num_samples, shard.num_bytes, shard.sha256)
-        for split in ("train", "validation")
-        for shard in dataset.shards(split)
-    ]
-    packages = [*_PACKAGES, *(["nvidia-dali-cuda130"] if decoder.startswith("dali") else [])]
-    return {
-        "data": _hash(
-            shards,
-            asdict(dataset.fields),
-            dataset.vocabulary.sha256,
-            dataset.ignores_unknown_tags,
-        ),
-        "backbone": [config.model.backbone, list(dict(backbone.stages.named_children()))],
-        "weights": _weights_hash(backbone),
-        "transform": asdict(config.augment),
-        "max_image_megapixels": config.data.max_image_megapixels,
-        "view_seed": config.data.feature_seed,
-        "decoder": decoder,
-        "dtype": config.data.feature_dtype,
-        "computed_in": [config.train.param_dtype, config.train.precision, config.train.tf32],
-        "versions": {package: version(package) for package in packages},
-        "code": _code_hash(),
-    }
-
-
-def cache_folder(config: Config, made_of: dict[str, Any]) -> Path:
-    """Where features with these ingredients lie."""
-    given = config.data.cache_dir
-    cache = Path(given) if given else Path.home() / ".cache" / "magneto_dist"
-    return cache / "features" / _hash(made_of)[:16]
-
-
-def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _weights_hash(backbone: Backbone) -> str:
-    sha = hashlib.sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
-
-
-def _code_hash() -> str:
-    package = Path(__file__).parent.parent
-    return _hash([(package / name).read_text(encoding="utf-8") for name in _SOURCES])
-
-
-def _require_same(made_of_ranks: Sequence[dict[str, Any]]) -> None:
-    first = made_of_ranks[0]
-    for rank, other in enumerate(made_of_ranks):
-        for name, value in first.items():
-            if other[name] != value:
-                raise InputError(
-                    f"the ranks differ in what cached features depend on, {name}: {value} on rank 0"
-                    f" and {other[name]} on rank {rank}: install the same on every node"
-                )
-
-
 @dataclass(frozen=True)
 class _Place:
     """This rank among those that fill its folder."""
@@ -205,17 +111,26 @@ class _Place:
 
 
 def _place(session: Session, folder: Path) -> _Place:
-    """Who fills the folder: the ranks that see it, of the first machine of which some do."""
+    """Whether this rank fills the folder, and with how many others."""
     token = folder / f".rank-{uuid.uuid4().hex}"
     session.on_all(lambda: _leave_token(token))
     tokens = session.gather((token.name, session.world.node))
-    seen = [(node, rank) for rank, (name, node) in enumerate(tokens) if (folder / name).exists()]
+    sees = [(folder / name).exists() for name, _ in tokens]
     session.barrier()  # all have looked
     token.unlink(missing_ok=True)
-    first = min(node for node, _ in seen)
-    ranks = [rank for node, rank in seen if node == first]
-    mine = session.world.rank
+    ranks, mine = ranks_that_fill([node for _, node in tokens], sees), session.world.rank
     return _Place(ranks.index(mine) if mine in ranks else -1, len(ranks))
+
+
+def ranks_that_fill(nodes: Sequence[int], sees: Sequence[bool]) -> list[int]:
+    """Those of the first machine of which some rank sees a folder.
+
+    Args:
+        nodes: of all ranks.
+        sees: which of them see the folder.
+    """
+    first = min(node for node, sees_it in zip(nodes, sees, strict=True) if sees_it)
+    return [rank for rank, node in enumerate(nodes) if node == first and sees[rank]]
 
 
 def _leave_token(token: Path) -> None:

@@ -32,13 +32,9 @@ from magneto_dist.errors import InputError, PreemptedError
 from magneto_dist.model.backbone import build_backbone
 from magneto_dist.model.image_stream import region_features
 from magneto_dist.model.magneto import MAGNeto, build_model
-from magneto_dist.training import feature_cache
-from magneto_dist.training.feature_cache import (
-    CachedFeatures,
-    cache_folder,
-    cached_features,
-    ingredients,
-)
+from magneto_dist.training import feature_key
+from magneto_dist.training.feature_cache import CachedFeatures, cached_features, ranks_that_fill
+from magneto_dist.training.feature_key import cache_folder, ingredients
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.session import Session
 from magneto_dist.world import World
@@ -184,17 +180,6 @@ def test_cached_features_of_photographs_are_the_live_ones_to_rounding(tmp_path: 
     assert_cached_is_live(config, Dataset.open(str(data)))
 
 
-def test_loader_processes_read_the_same_features(demo_shards: Path, tmp_path: Path) -> None:
-    dataset = Dataset.open(str(demo_shards))
-    config = with_(CONFIG, "data", cache_dir=str(tmp_path), feature_dtype="bf16")
-    cached = build(config, dataset, model_of(config, dataset))
-    here = epoch_of(loader(dataset, "train", config, cached), 0)
-    there = epoch_of(loader(dataset, "train", with_(config, "data", num_workers=1), cached), 0)
-    for ours, theirs in zip(here, there, strict=True):
-        assert torch.equal(ours.features, theirs.features)
-        assert ours.keys == theirs.keys
-
-
 CHANGES: dict[str, Callable[[Config], Config]] = {
     "transform": lambda c: with_(c, "augment", crop_scale_min=0.5),
     "view_seed": lambda c: with_(c, "data", feature_seed=12),
@@ -240,10 +225,10 @@ def test_the_key_changes_with_each_ingredient(
     changed["data"] = key_of(CONFIG, replace(dataset, splits=edited))
 
     with monkeypatch.context() as patched:
-        patched.setattr(feature_cache, "version", lambda package: "0")
+        patched.setattr(feature_key, "version", lambda package: "0")
         changed["versions"] = key_of(CONFIG, dataset)
     with monkeypatch.context() as patched:
-        patched.setattr(feature_cache, "_SOURCES", ("batch.py",))
+        patched.setattr(feature_key, "_SOURCES", ("batch.py",))
         changed["code"] = key_of(CONFIG, dataset)
 
     assert changed.keys() == made_of.keys()
@@ -263,6 +248,7 @@ def test_a_signal_stops_between_chunks_and_keeps_them(demo_shards: Path, tmp_pat
     dataset = Dataset.open(str(demo_shards))
     config = with_(CONFIG, "data", cache_dir=str(tmp_path))
     model = model_of(config, dataset)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(PreemptedError, match="those that are finished are kept"):
         build(config, dataset, model, stopped=lambda: True)
     (folder,) = (tmp_path / "features").iterdir()
@@ -274,15 +260,24 @@ def test_a_signal_stops_between_chunks_and_keeps_them(demo_shards: Path, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
     build(config, dataset, model)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")} == before
+    # Statistics of batch norms among them.
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_statistics_of_the_backbone_stand_still(demo_shards: Path, tmp_path: Path) -> None:
-    dataset = Dataset.open(str(demo_shards))
-    config = with_(CONFIG, "data", cache_dir=str(tmp_path))
-    model = model_of(config, dataset)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    build(config, dataset, model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+@pytest.mark.parametrize(
+    ("nodes", "sees", "fill"),
+    [
+        ([0, 0], [True, True], [0, 1]),
+        ([0, 0, 1, 1], [True, True, False, False], [0, 1]),  # as ranks 0 and 1 see their own disk
+        ([0, 0, 1, 1], [False, False, True, True], [2, 3]),  # as ranks 2 and 3 see theirs
+        ([0, 0, 1, 1], [True] * 4, [0, 1]),  # shared: one machine writes
+        ([0, 1, 2, 2], [False, True, True, True], [1]),
+    ],
+)
+def test_the_ranks_of_the_first_machine_that_sees_a_folder_fill_it(
+    nodes: list[int], sees: list[bool], fill: list[int]
+) -> None:
+    assert ranks_that_fill(nodes, sees) == fill
 
 
 def test_features_too_large_for_fp16_are_refused(demo_shards: Path, tmp_path: Path) -> None:
