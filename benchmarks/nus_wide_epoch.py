@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 
 from harness import compare_measured, parser, report
-from loader import make_photographs, write_files
+from loader import Setting, make_photographs, write_files
 from magneto_dist.batch import Prediction
 from magneto_dist.config import Config
 from magneto_dist.config_io import load_config
@@ -47,7 +47,7 @@ from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.model.magneto import build_model
 from magneto_dist.vocabulary import Vocabulary
 from magneto_dist.world import World
-from other_loaders import PictureFiles, Setting
+from other_loaders import PictureFiles
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG = load_config(REPOSITORY / "configs" / "nuswide.yaml")
@@ -116,8 +116,8 @@ def _make(folder: Path, photos: Path, num_items: int) -> None:
     if (folder / "shards/dataset.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    photographs = make_photographs(photos, num_items)
-    write_files(folder, photographs)
+    photographs = make_photographs(photos, num_items + BATCH)
+    write_files(folder, dict(list(photographs.items())[:num_items]))
     rng = np.random.default_rng(0)
     tags = {
         key: rng.choice(NUM_CONCEPTS, min(rng.geometric(0.55), 13), replace=False).tolist()
@@ -130,7 +130,7 @@ def _make(folder: Path, photos: Path, num_items: int) -> None:
     ]
     write_dataset(
         folder / "shards",
-        {"train": rows, "validation": rows[:BATCH]},
+        {"train": rows[:-BATCH], "validation": rows[-BATCH:]},
         lambda row: row,
         Vocabulary(CONCEPTS),
         num_processes=1,
