@@ -59,7 +59,7 @@ def write_root(
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, out / source.name)
     _write_lists(out / "ImageList", images)
-    num_images = sum(1 for _ in (out / "ImageList/Imagelist.txt").open())
+    num_images = (out / "ImageList/Imagelist.txt").read_bytes().count(b"\n")
     # Read once with no tags at all, for the real labels.
     tags_file = out / "NUS_WID_Tags" / "AllTags81.txt"
     tags_file.parent.mkdir(exist_ok=True)
@@ -124,7 +124,7 @@ def _covered(
 
 
 def _further_of_covered(num_labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """How many tags that are no labels; of one image with one label so many as to be the least."""
+    """How many tags that are no labels; two images have the least share, and the most tags."""
     most = np.minimum(COVERED_MAX - num_labels, round(1 / SHARE_MIN - 1) * num_labels)
 
     def error(further: np.ndarray) -> tuple[float, float]:
@@ -133,6 +133,7 @@ def _further_of_covered(num_labels: np.ndarray, rng: np.random.Generator) -> np.
 
     further = _fit(error, most, rng)
     further[np.flatnonzero(num_labels == 1)[0]] = round(1 / SHARE_MIN - 1)
+    further[np.flatnonzero(num_labels == 2)[0]] = COVERED_MAX - 2
     return further
 
 

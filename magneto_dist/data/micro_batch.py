@@ -208,6 +208,8 @@ class MicroBatches(torch.utils.data.Dataset):
             objective=self.config.train.objective,
             outliers=self.outliers,
         )
+        if self.config.tags.trim_padding and not self.config.train.compile:
+            slots = slots.trimmed()
         return {name: torch.from_numpy(values) for name, values in vars(slots).items()}
 
     def _tag_ids(self, row: Row) -> list[int]:

@@ -13,7 +13,7 @@ Table 1's. All draws belong to (seed, epoch, sample), and none depends on the re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import chain
 from typing import Literal
@@ -35,6 +35,12 @@ class TagRows:
     outlier: Bool[np.ndarray, "batch slot"]
     tags_cut: Int64[np.ndarray, " batch"]
     targets_cut: Int64[np.ndarray, " batch"]
+
+    def trimmed(self) -> TagRows:
+        """Without the slots that no row fills, at the end; one is left."""
+        used = max(1, int(self.tag_mask.sum(1).max(initial=0)))
+        slots = ("tag_ids", "tag_mask", "target", "outlier")
+        return replace(self, **{name: getattr(self, name)[:, :used] for name in slots})
 
 
 @dataclass(frozen=True)

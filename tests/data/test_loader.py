@@ -407,6 +407,20 @@ def test_a_model_that_sees_no_pictures_has_none_read(damaged, small_dataset, kin
     assert_equal([replace(batch, pixels=None)], [replace(with_pictures, pixels=None)])
 
 
+def test_trimmed_batches_say_the_same_in_fewer_slots(small_dataset):
+    config = replace(CONFIG, tags=replace(CONFIG.tags, max_tags=16))
+    trimming = replace(config, tags=replace(config.tags, trim_padding=True))
+    compiled = replace(trimming, train=replace(trimming.train, compile=True))
+    batches = [list(loader(small_dataset, c).batches(1, 4)) for c in (config, trimming, compiled)]
+    for whole, trimmed, for_compiler in zip(*batches, strict=True):
+        used = int(whole.tag_mask.sum(1).max())
+        assert 1 <= used < 16
+        for name in ("tag_ids", "tag_mask", "target", "outlier"):
+            assert getattr(trimmed, name).equal(getattr(whole, name)[:, :used]), name
+            assert getattr(for_compiler, name).equal(getattr(whole, name)), name
+        assert trimmed.pixels.equal(whole.pixels)
+
+
 def test_an_empty_batch_has_the_shapes_of_all_others(small_dataset):
     for config in (CONFIG, replace(CONFIG, data=GREY)):
         of_rank = loader(small_dataset, config, num_ranks=3, rank=2)

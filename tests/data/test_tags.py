@@ -290,3 +290,16 @@ def test_outliers_belong_to_evaluation(options: dict) -> None:
     options = {"training": False, **options}
     with pytest.raises(ValueError, match="in evaluation"):
         rows_of([([0], [True])], TagsConfig(), outliers=1, **options)
+
+
+def test_trimmed_rows_have_the_slots_that_the_longest_fills() -> None:
+    items: list[Item] = [([4, 1], [True, False]), ([], []), ([2, 0, 3], [False, False, True])]
+    rows = rows_of(items, TagsConfig(max_tags=8), training=False)
+    trimmed = rows.trimmed()
+    assert trimmed.tag_ids.shape == (3, 3)
+    for name, values in vars(trimmed).items():
+        whole = getattr(rows, name)
+        assert (values == (whole[:, :3] if whole.ndim == 2 else whole)).all(), name
+    assert not rows.tag_mask[:, 3:].any()
+    empty = rows_of([items[1]], TagsConfig(max_tags=8), training=False)
+    assert empty.trimmed().tag_ids.shape == (1, 1)
