@@ -55,7 +55,7 @@ class Batch:
     """Of these, the ones whose target is True: evaluation counts them as not predicted."""
     pixels: UInt8[Tensor, "batch 3 height width"] | None
     """RGB, 0 to 255, not normalised (the model normalises, on its device); None: the data
-    set has no pictures, or the model does not look at them."""
+    set has no pictures, the model does not look at them, or there are features instead."""
     keys: tuple[str, ...]
     """Sample keys, "" in padding rows."""
     step: int
@@ -68,6 +68,9 @@ class Batch:
     """Samples of this micro-batch that go to the quarantine."""
     all_valid: bool = False
     """Known on the CPU that every row is valid: the model need not be told which are."""
+    features: Float[Tensor, "batch region channel"] | None = None
+    """What a frozen backbone makes of the pictures, float16 or bfloat16, zero in rows that are not
+    valid; None: it was not computed before."""
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch with its tensors on `device`, copied without blocking from pinned memory."""
@@ -86,6 +89,7 @@ class Batch:
             "tag_ids": self.tag_ids,
             "tag_mask": self.tag_mask,
             "pixels": self.pixels,
+            "features": self.features,
             "sample_valid": None if self.all_valid else self.sample_valid,
         }
 

@@ -3,7 +3,8 @@
 1. Join the processes; take the run folder (one writer); watch over each other.
 2. Open the data, derive the micro-batches, make sure that all ranks mean the same; build model and
    optimizer. What one rank meets here stops all.
-3. Resume from the newest complete checkpoint, or initialise.
+3. Resume from the newest complete checkpoint, or initialise; compute features where they are to be
+   cached.
 4. Train; evaluate as the loop asks; write summary and final table.
 """
 
@@ -22,6 +23,7 @@ from torch import nn
 
 from magneto_dist.batch import Reject
 from magneto_dist.config import Config
+from magneto_dist.data.feature_files import FeatureViews
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.randomness import seed_for
@@ -44,6 +46,7 @@ from magneto_dist.training.checkpoint import (
     steps,
 )
 from magneto_dist.training.checkpoint_writer import CheckpointWriter
+from magneto_dist.training.feature_cache import cached_features
 from magneto_dist.training.heartbeat import Watchdog, Whereabouts
 from magneto_dist.training.loop import Job, train
 from magneto_dist.training.optim import Schedule, build_optimizer
@@ -143,6 +146,21 @@ def _train_in_folder(
     model = session.on_all(lambda: _initial_model(config, dataset, checkpoint))
     session.from_main(lambda: require_checkpoint_space(config, model))
     whereabouts.at("start")
+    features = None
+    if config.data.feature_views:
+        features = cached_features(
+            config,
+            session,
+            dataset,
+            loader.decoder,
+            model,
+            lambda: stop.signal is not None,
+            whereabouts,
+        )
+        loader = Loader(
+            dataset, "train", config, session.world, plan, training=True, features=features.train
+        )
+        whereabouts.at("start")
     schedule = Schedule(config.optim, total_steps)
     wrapped, optimizer = session.prepare(model, build_optimizer(model, config.optim), plan)
     if checkpoint:
@@ -184,7 +202,15 @@ def _train_in_folder(
             whereabouts=whereabouts,
             stop=stop,
             average=average,
-            evaluate=_Evaluation(config, session, dataset, plan, wrapped, log),
+            evaluate=_Evaluation(
+                config,
+                session,
+                dataset,
+                plan,
+                wrapped,
+                log,
+                None if features is None else features.validation,
+            ),
             checkpoints=writer,
         )
         end = train(job, start)
@@ -279,10 +305,19 @@ class _Evaluation:
     plan: BatchPlan
     model: nn.Module
     telemetry: Telemetry
+    features: FeatureViews | None
 
     def __call__(self, step: int) -> dict:
         config, world = self.config, self.session.world
-        loader = Loader(self.dataset, "validation", config, world, self.plan, training=False)
+        loader = Loader(
+            self.dataset,
+            "validation",
+            config,
+            world,
+            self.plan,
+            training=False,
+            features=self.features,
+        )
         rejects: list[Reject] = []
         batches = collecting_rejects(loader.batches(1, loader.steps_per_epoch), rejects)
         self.telemetry.whereabouts.at("evaluation")

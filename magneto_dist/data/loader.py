@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
@@ -24,6 +24,7 @@ from magneto_dist.batch import Batch
 from magneto_dist.config import Config
 from magneto_dist.data.decode_cpu import CpuDecoder, DecodedImages
 from magneto_dist.data.encoded_images import EncodedImages
+from magneto_dist.data.feature_files import FeatureViews
 from magneto_dist.data.micro_batch import MicroBatches
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
@@ -59,6 +60,8 @@ class Loader:
         plan: how global batches are cut.
         training: shuffle, augment, add and drop tags; False: the split in order, once.
         outliers: tags added to each item in evaluation (Table 3).
+        augments: augment pictures; None: in training.
+        features: of the split's pictures, read in place of them.
 
     Raises:
         InputError: the decoder or a stage that was asked for is not available.
@@ -74,6 +77,8 @@ class Loader:
         *,
         training: bool,
         outliers: int = 0,
+        augments: bool | None = None,
+        features: FeatureViews | None = None,
     ) -> None:
         self.dataset, self._config, self._world = dataset, config, world
         self._decoder = _choose_decoder(dataset, config)
@@ -84,9 +89,11 @@ class Loader:
             world.rank,
             plan,
             training=training,
-            pictures=_PICTURES[self._decoder],
+            pictures="none" if features else _PICTURES[self._decoder],
             outliers=outliers,
             stages=load_stages(config.data.stages),
+            augments=augments,
+            features=features,
         )
         self.num_samples = dataset.num_samples(split)
         self.steps_per_epoch = plan.steps_per_epoch(self.num_samples)
@@ -113,11 +120,15 @@ class Loader:
         Raises:
             InputError: a shard cannot be read, or a loader process was killed or hangs.
         """
+        micro_steps = self._micro_batches.plan.micro_steps
+        return self.numbered(range(first_step * micro_steps, (last_step + 1) * micro_steps))
+
+    def numbered(self, numbers: Sequence[int]) -> Iterator[Batch]:
+        """As `batches`: any micro-batches by their numbers, step * micro_steps + micro_step."""
         micro_batches = self._micro_batches
-        micro_steps = micro_batches.plan.micro_steps
         made = run_loader(
             micro_batches,
-            range(first_step * micro_steps, (last_step + 1) * micro_steps),
+            numbers,
             num_workers=self.num_workers,
             prefetch=self._config.data.prefetch_batches,
             pin=micro_batches.pictures != "encoded" and torch.cuda.is_available(),
@@ -134,7 +145,10 @@ class Loader:
     def empty_batch(self) -> Batch:
         """A micro-batch of padding rows, with the shapes of all others."""
         padding = np.full(self._micro_batches.plan.micro_batch_size, -1, dtype=np.int64)
-        batch = self._micro_batches.encode(padding, step=1, micro_step=0, epoch=0).batch
+        encoded = self._micro_batches.encode(padding, step=1, micro_step=0, epoch=0)
+        batch = encoded.batch
+        if self._micro_batches.features is not None:
+            return self._micro_batches.with_features(batch, encoded.shards)
         if self._decoder == "none":
             return batch
         size = self._config.augment.image_size

@@ -2,8 +2,9 @@
 
 1. `MicroBatches.encode` makes everything but pixels, and keeps the pictures as they came beside it.
 2. `MicroBatches.with_pixels` adds the pixels; a picture that does not decode makes its row invalid.
+   Or `with_features` adds what a frozen backbone has made of them before, with the same errors.
 
-Both run in loader processes, except that DALI decodes in the training process.
+All run in loader processes, except that DALI decodes in the training process.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from magneto_dist.data.augment import (
 )
 from magneto_dist.data.decode_cpu import CpuDecoder, DecodedImages
 from magneto_dist.data.encoded_images import EncodedImages, encoded_images
+from magneto_dist.data.feature_files import FeatureViews
 from magneto_dist.data.order import BatchPlan, Order, micro_batch_sample_ids
 from magneto_dist.data.read_ahead import ReadAhead
 from magneto_dist.data.shards import Dataset
@@ -79,11 +81,16 @@ class MicroBatches(torch.utils.data.Dataset):
     training: bool
     """Shuffle, augment, add and drop tags; False: the split in order."""
     pictures: Literal["decoded", "encoded", "none"]
-    """What is made of them here; none: text alone (the data set or the model), or all grey."""
+    """What is made of them here; none: text alone (the data set or the model), all grey, or there
+    are features instead."""
     outliers: int = 0
     """Tags added to each item in evaluation (Table 3)."""
     stages: tuple[Stage, ...] = ()
     """The user's."""
+    augments: bool | None = None
+    """Augment pictures; None: in training."""
+    features: FeatureViews | None = None
+    """Of the pictures, computed before; they take the place of pixels."""
 
     @cached_property
     def order(self) -> Order:
@@ -109,6 +116,8 @@ class MicroBatches(torch.utils.data.Dataset):
             self._read_ahead.want(name for ids in wanted for name in self._reader.files(ids))
         try:
             encoded = self.encode(sample_ids, step=step, micro_step=micro_step, epoch=epoch)
+            if self.features is not None:
+                return self.with_features(encoded.batch, encoded.shards)
         except InputError as error:
             return error
         if self.pictures == "none":
@@ -139,7 +148,7 @@ class MicroBatches(torch.utils.data.Dataset):
             sample_ids,
             self._reader,
             self.stages,
-            needs_images=self.pictures != "none",
+            needs_images=self._looks_at_pictures,
             needs_labels=self.config.train.objective == "important",
             vocabulary=self.dataset.vocabulary,
         )
@@ -165,13 +174,23 @@ class MicroBatches(torch.utils.data.Dataset):
 
     def with_pixels(self, batch: Batch, images: DecodedImages, shards: Sequence[str]) -> Batch:
         """The batch with its pictures, `shards` being those of its rows."""
+        return self._reject(images.errors, replace(batch, pixels=images.pixels), shards)
+
+    def with_features(self, batch: Batch, shards: Sequence[str]) -> Batch:
+        """The batch with the features of its pictures, `shards` being those of its rows."""
+        assert self.features is not None
+        features, errors = self.features.read(batch.epoch, batch.sample_ids, batch.sample_valid)
+        return self._reject(errors, replace(batch, features=features), shards)
+
+    def _reject(self, errors: Sequence[str | None], batch: Batch, shards: Sequence[str]) -> Batch:
+        """The batch without the rows whose pictures have an error."""
         failed = [
             (row, error)
-            for row, error in enumerate(images.errors)
+            for row, error in enumerate(errors)
             if error is not None and batch.sample_valid[row]
         ]
         rejects = (Reject(batch.keys[row], shards[row], error) for row, error in failed)
-        batch = replace(batch, pixels=images.pixels, rejects=(*batch.rejects, *rejects))
+        batch = replace(batch, rejects=(*batch.rejects, *rejects))
         return self._without([row for row, _ in failed], batch) if failed else batch
 
     def _tag_slots(
@@ -199,7 +218,8 @@ class MicroBatches(torch.utils.data.Dataset):
     def _augmentations(
         self, sample_ids: Int64[np.ndarray, " batch"], epoch: int
     ) -> list[Augmentation]:
-        if not self.training:
+        augments = self.training if self.augments is None else self.augments
+        if not augments:
             return [evaluation_augmentation(self.config.augment)] * len(sample_ids)
         return training_augmentations(self.config.seed, epoch, sample_ids, self.config.augment)
 
@@ -231,7 +251,13 @@ class MicroBatches(torch.utils.data.Dataset):
 
     @cached_property
     def _reader(self) -> SampleReader:
-        return SampleReader(self.dataset, self.split, with_images=self.pictures != "none")
+        sizes_will_do = self.features is not None
+        with_images = "sizes" if sizes_will_do else self._looks_at_pictures
+        return SampleReader(self.dataset, self.split, with_images=with_images)
+
+    @property
+    def _looks_at_pictures(self) -> bool:
+        return self.pictures != "none" or self.features is not None
 
     @cached_property
     def _read_ahead(self) -> ReadAhead | None:

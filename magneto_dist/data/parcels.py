@@ -196,7 +196,7 @@ class _Split(pickle.Pickler):
     def persistent_id(self, obj: Any) -> np.ndarray | int | None:
         if not isinstance(obj, Tensor):
             return None
-        if obj.nbytes < _LARGE_BYTES:
+        if obj.nbytes < _LARGE_BYTES and obj.dtype != torch.bfloat16:  # numpy has none
             return obj.numpy()
         self.large.append(obj)
         return len(self.large) - 1

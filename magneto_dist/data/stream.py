@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
@@ -64,7 +65,8 @@ class SampleReader:
     Args:
         dataset: where the shards are.
         split: which of them.
-        with_images: False: read annotations only.
+        with_images: False: read annotations only; "sizes": these too, but samples with a picture
+            that may be read have b"" for it, and others say that they have none, or why not.
         max_indexed_samples: whose places are kept in memory, at some 60 bytes each.
     """
 
@@ -73,7 +75,7 @@ class SampleReader:
         dataset: Dataset,
         split: str,
         *,
-        with_images: bool,
+        with_images: bool | Literal["sizes"],
         max_indexed_samples: int = 1_000_000,
     ) -> None:
         self.dataset, self._shards = dataset, dataset.shards(split)
@@ -120,20 +122,22 @@ class SampleReader:
     def _read(self, sample_id: int, shard: Shard, index: ShardIndex, row: int) -> RawSample:
         annotation = index.annotation_offset.item(row), index.annotation_size.item(row)
         image = index.image_offset.item(row), index.image_size.item(row)
-        has_image = self._with_images and image[1] > 0
+        has_image = bool(self._with_images) and image[1] > 0
         try:
             check_annotation_size(annotation[1])
             if has_image:
                 check_image_size(image[1])
         except BadSample as error:
             return RawSample(sample_id, index.keys[row], shard.name, None, b"", error.reason)
-        members = [annotation, image] if has_image else [annotation]
+        reads_image = has_image and self._with_images is True
+        members = [annotation, image] if reads_image else [annotation]
         content, *images = self._contents(shard.file, members)
+        picture = images[0] if reads_image else b""
         return RawSample(
             sample_id,
             index.keys[row],
             shard.name,
-            image=images[0] if has_image else None,
+            image=picture if has_image else None,
             annotation=content,
         )
 

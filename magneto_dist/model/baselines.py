@@ -41,6 +41,7 @@ class FeedForward(nn.Module):
         tag_mask: Bool[Tensor, "batch slot"],
         pixels: UInt8[Tensor, "batch 3 height width"] | None = None,
         sample_valid: Bool[Tensor, " batch"] | None = None,
+        features: Float[Tensor, "batch region channel"] | None = None,
     ) -> Prediction:
         """Logits of the tag head."""
         features = torch.relu(self.blocks(self.tag_embedding(tag_ids)))
@@ -67,6 +68,7 @@ class TagTransformer(nn.Module):
         tag_mask: Bool[Tensor, "batch slot"],
         pixels: UInt8[Tensor, "batch 3 height width"] | None = None,
         sample_valid: Bool[Tensor, " batch"] | None = None,
+        features: Float[Tensor, "batch region channel"] | None = None,
     ) -> Prediction:
         """Logits of the tag head."""
         features = self.tag_stream(self.tag_embedding(tag_ids), tag_mask)
@@ -93,10 +95,11 @@ class ImageTagTransformer(nn.Module):
         tag_mask: Bool[Tensor, "batch slot"],
         pixels: UInt8[Tensor, "batch 3 height width"] | None = None,
         sample_valid: Bool[Tensor, " batch"] | None = None,
+        features: Float[Tensor, "batch region channel"] | None = None,
     ) -> Prediction:
         """Logits of the image head."""
         tags = self.tag_embedding(tag_ids)
-        features = self.image_stream(tags, tag_mask, pixels, sample_valid)
+        features = self.image_stream(tags, tag_mask, pixels, sample_valid, features)
         return Prediction(image_logits=self.image_head(features).squeeze(-1))
 
 

@@ -1,11 +1,14 @@
 """Tags and pixels -> features of the tags (paper, section 3.1).
 
-1. The backbone, a 1x1 convolution and a batch norm make N x N regions of d_model features.
+1. The backbone makes N x N regions of features, or, frozen, has made them before; a 1x1 convolution
+   and a batch norm bring them to d_model features.
 2. Every tag looks at all regions: multi-head attention, tags as queries.
 3. A Transformer encoder relates the results to each other.
 """
 
 from __future__ import annotations
+
+from math import isqrt
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 from magneto_dist.config import ModelConfig
 from magneto_dist.errors import InputError
-from magneto_dist.model.backbone import build_backbone
+from magneto_dist.model.backbone import Backbone, build_backbone
 from magneto_dist.model.encoder import TransformerEncoder
 from magneto_dist.model.norm import GhostBatchNorm2d, share_row_validity
 
@@ -50,35 +53,44 @@ class ImageStream(nn.Module):
         tag_mask: Bool[Tensor, "batch slot"],
         pixels: UInt8[Tensor, "batch 3 height width"] | None,
         sample_valid: Bool[Tensor, " batch"] | None,
+        features: Float[Tensor, "batch region channel"] | None = None,
     ) -> Float[Tensor, "batch slot d_model"]:
         """Features of every slot, ready for the head and the gate.
 
         Rows that are not valid stay out of ghost batch statistics (not of "local" or "sync" ones).
+        `features` are what `region_features` has made of the pictures before; then the backbone
+        rests, and pixels are not looked at.
 
         Raises:
-            InputError: there are no pixels, or "sync" batch norm would train on a CPU.
+            InputError: there are neither pixels nor features, or "sync" batch norm would train on a
+                CPU.
         """
-        if pixels is None:
+        if pixels is None and features is None:
             raise InputError(
                 "this model needs pictures and the data set has none; --model.kind tf-t and ff"
                 " work on tags alone"
             )
-        regions = self.regions(pixels, sample_valid)
+        regions = self.regions(pixels, sample_valid, features)
         seen, _ = self.attention(tags, regions, regions, need_weights=False)
         return self.encoder(seen, tag_mask)
 
     def regions(
         self,
-        pixels: UInt8[Tensor, "batch 3 height width"],
+        pixels: UInt8[Tensor, "batch 3 height width"] | None,
         sample_valid: Bool[Tensor, " batch"] | None,
+        features: Float[Tensor, "batch region channel"] | None = None,
     ) -> Float[Tensor, "batch region d_model"]:
         """The N x N grid regions of every picture, flattened row by row."""
         if self.training:
-            self._check_device(pixels.device)
+            self._check_device(self.projection.weight.device)
             self._rows.valid = sample_valid
-        grid = self.projection_norm(self.projection(self.backbone(pixels)))
+        if features is None:
+            grid = self.backbone(pixels)
+        else:
+            grid = _grid(features.to(self.backbone.scale.dtype))
+        grid = self.projection_norm(self.projection(grid))
         self._rows.valid = None
-        return grid.permute(0, 2, 3, 1).flatten(1, 2)  # free of copies in channels-last
+        return _regions(grid)
 
     def _check_device(self, device: torch.device) -> None:
         if device.type == "cpu" and any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
@@ -86,6 +98,26 @@ class ImageStream(nn.Module):
                 "batch norm of kind sync trains on GPUs only; on CPU set"
                 " --model.projection_batch_norm and --model.backbone_batch_norm to ghost"
             )
+
+
+def region_features(
+    backbone: Backbone, pixels: UInt8[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch region channel"]:
+    """What an image stream with this backbone takes as `features` in place of the pixels."""
+    return _regions(backbone(pixels))
+
+
+def _regions(
+    grid: Float[Tensor, "batch channel height width"],
+) -> Float[Tensor, "batch region channel"]:
+    return grid.permute(0, 2, 3, 1).flatten(1, 2)  # free of copies in channels-last
+
+
+def _grid(
+    features: Float[Tensor, "batch region channel"],
+) -> Float[Tensor, "batch channel height width"]:
+    side = isqrt(features.shape[1])  # pictures are squares
+    return features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
 
 
 def _projection_norm(config: ModelConfig) -> nn.Module:

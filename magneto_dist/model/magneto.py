@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from magneto_dist.batch import Prediction
@@ -51,6 +51,7 @@ class MAGNeto(nn.Module):
         tag_mask: Bool[Tensor, "batch slot"],
         pixels: UInt8[Tensor, "batch 3 height width"] | None = None,
         sample_valid: Bool[Tensor, " batch"] | None = None,
+        features: Float[Tensor, "batch region channel"] | None = None,
     ) -> Prediction:
         """Logits of both heads and of the gate; those of slots without a tag mean nothing.
 
@@ -60,12 +61,13 @@ class MAGNeto(nn.Module):
             pixels: RGB of 0 to 255, not normalised.
             sample_valid: rows that count; in training the others stay out of batch statistics.
                 None: all rows.
+            features: `pixels` as the backbone has seen them before, see `region_features`.
 
         Raises:
             InputError: as for `ImageStream.forward`.
         """
         tags = self.tag_embedding(tag_ids)
-        image_features = self.image_stream(tags, tag_mask, pixels, sample_valid)
+        image_features = self.image_stream(tags, tag_mask, pixels, sample_valid, features)
         tag_features = self.tag_stream(tags, tag_mask)
         return Prediction(
             image_logits=self.image_head(image_features).squeeze(-1),

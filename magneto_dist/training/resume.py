@@ -28,7 +28,15 @@ from magneto_dist.vocabulary import Vocabulary
 
 _FIXED_SECTIONS = ("model", "tags", "augment", "loss")
 _FIXED_TRAIN_SETTINGS = ("global_batch_size", "objective", "param_dtype", "ema_decay")
-_FIXED_DATA_SETTINGS = ("num_streams", "shuffle_window", "constant_image", "stages")
+_FIXED_DATA_SETTINGS = (
+    "num_streams",
+    "shuffle_window",
+    "constant_image",
+    "stages",
+    "feature_views",
+    "feature_dtype",
+    "feature_seed",
+)
 
 
 def checkpoint_to_resume(config: Config, dataset: Dataset) -> Path | None:

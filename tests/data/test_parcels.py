@@ -57,7 +57,9 @@ def sent(item: object) -> object:
     return Unpacking(pin=False)(Packing(Given(item))[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.bool, torch.int64, torch.float64, torch.bfloat16]
+)
 @pytest.mark.parametrize("size", [10, 100, 400])  # of the largest: 64, 640 and 2560 kB
 def test_tensors_arrive_as_they_were(dtype, size):
     values = torch.arange(size * 800).remainder(2).to(dtype).reshape(4, -1, size, 4)

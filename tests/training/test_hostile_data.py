@@ -84,10 +84,14 @@ def entries(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.parametrize(
+    "more", [[], ["--data.feature_views=2", "--model.frozen_stages=all"]], ids=["live", "cached"]
+)
 def test_a_run_goes_on_without_its_bad_samples_and_names_each_once(
-    data: Path, tmp_path: Path
+    data: Path, tmp_path: Path, more: list[str]
 ) -> None:
-    options = ["--train.epochs=2", "--data.ledger=true", "--data.max_bad_fraction=0.2"]
+    options = ["--train.epochs=2", "--data.ledger=true", "--data.max_bad_fraction=0.2", *more]
+    options.append(f"--data.cache_dir={tmp_path / 'cache'}")
     run("train_ls.py", *TINY, *options, f"--data.path={data}", f"--output_dir={tmp_path}")
     keys = index(data).keys
     reasons = {

@@ -1,0 +1,339 @@
+"""The features of a frozen backbone, computed once: found in the cache, or made before training.
+
+1. `feature_key.py` names all that the features depend on, and their folder by a hash of that.
+2. The ranks find out which of them see the same folder. Those of one machine share the work; on
+   storage that several machines share, those of the first of them make all, for two machines that
+   write into one file may spoil each other's blocks; a machine with a folder of its own fills that.
+3. Round by round each rank makes a chunk: the live loader, with the views' seed and the view as its
+   epoch, gives the pixels, and the backbone their features. What is finished before a kill is kept.
+4. The loaders of training and evaluation read them.
+"""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from magneto_dist.batch import Batch
+from magneto_dist.config import Config
+from magneto_dist.data.feature_files import FeatureViews, FeatureWriter
+from magneto_dist.data.loader import Loader
+from magneto_dist.data.order import BatchPlan
+from magneto_dist.data.parallel import progress_bar
+from magneto_dist.data.shards import Dataset
+from magneto_dist.errors import InputError, PreemptedError
+from magneto_dist.files import require_space
+from magneto_dist.model.backbone import Backbone
+from magneto_dist.model.image_stream import region_features
+from magneto_dist.training.feature_key import cache_folder, ingredients, require_same
+from magneto_dist.training.heartbeat import Whereabouts
+from magneto_dist.training.session import Session
+from magneto_dist.world import World
+
+_BATCH = 64
+"""Pictures at once: part of what a feature's last bits depend on, so the same everywhere."""
+_CHUNK_BATCHES = 8
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class CachedFeatures:
+    """The features of both splits."""
+
+    train: FeatureViews
+    """In all views."""
+    validation: FeatureViews
+    """As evaluation crops pictures: one view."""
+
+
+def cached_features(
+    config: Config,
+    session: Session,
+    dataset: Dataset,
+    decoder: str,
+    model: nn.Module,
+    stopped: Callable[[], bool],
+    whereabouts: Whereabouts,
+) -> CachedFeatures:
+    """The features that `config` asks for, made now where they are not there; every rank calls.
+
+    Args:
+        config: with `data.feature_views` above 0.
+        session: this process among its peers.
+        dataset: whose pictures are looked at.
+        decoder: what `data.decoder` has become.
+        model: with the weights that it trains from; not prepared yet, and left as it is.
+        stopped: whether this process was asked to stop; called between two chunks.
+        whereabouts: noted in every round.
+
+    Raises:
+        InputError: the backbone is not frozen; the ranks differ in what features depend on; no
+            room for them; a shard cannot be read; features are not finite. On all ranks the same.
+        PreemptedError: stopped by a signal; finished chunks are kept.
+    """
+    backbone: Backbone = model.image_stream.backbone  # type: ignore[union-attr,assignment]
+    made_of = session.on_all(lambda: ingredients(config, dataset, decoder, backbone))
+    session.on_all(partial(require_same, session.gather(made_of)))
+    folder = cache_folder(config, made_of)
+    place = _place(session, folder)
+    views = session.on_all(
+        lambda: _views(config, session.world, dataset, backbone, made_of, folder)
+    )
+    _fill(_Network(config, backbone, session.device), views, place, session, stopped, whereabouts)
+    train, validation = (
+        FeatureViews(
+            tuple(view.writer.path for view in views if view.split == split),
+            config.data.feature_seed,
+        )
+        for split in ("train", "validation")
+    )
+    return CachedFeatures(train, validation)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """This rank among those that fill its folder."""
+
+    index: int
+    """-1: others do."""
+    count: int
+
+
+def _place(session: Session, folder: Path) -> _Place:
+    """Whether this rank fills the folder, and with how many others."""
+    token = folder / f".rank-{uuid.uuid4().hex}"
+    session.on_all(lambda: _leave_token(token))
+    tokens = session.gather((token.name, session.world.node))
+    sees = [(folder / name).exists() for name, _ in tokens]
+    session.barrier()  # all have looked
+    token.unlink(missing_ok=True)
+    ranks, mine = ranks_that_fill([node for _, node in tokens], sees), session.world.rank
+    return _Place(ranks.index(mine) if mine in ranks else -1, len(ranks))
+
+
+def ranks_that_fill(nodes: Sequence[int], sees: Sequence[bool]) -> list[int]:
+    """Those of the first machine of which some rank sees a folder.
+
+    Args:
+        nodes: of all ranks.
+        sees: which of them see the folder.
+    """
+    first = min(node for node, sees_it in zip(nodes, sees, strict=True) if sees_it)
+    return [rank for rank, node in enumerate(nodes) if node == first and sees[rank]]
+
+
+def _leave_token(token: Path) -> None:
+    with _clear_errors(token.parent):
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.touch()
+
+
+@dataclass(frozen=True)
+class _View:
+    """One file to fill."""
+
+    split: str
+    number: int
+    """Epoch of the augmentation."""
+    loader: Loader
+    """Of the split, in order, with pixels."""
+    writer: FeatureWriter
+
+    def micro_batches(self, chunk: int) -> range:
+        """The numbers of the batches in a chunk."""
+        first = chunk * _CHUNK_BATCHES
+        end = min(first + _CHUNK_BATCHES, self.loader.steps_per_epoch)
+        start = 1 + self.number * self.loader.steps_per_epoch  # steps count from 1
+        return range(start + first, start + end)
+
+
+def _views(
+    config: Config,
+    world: World,
+    dataset: Dataset,
+    backbone: Backbone,
+    made_of: dict[str, Any],
+    folder: Path,
+) -> list[_View]:
+    """The files of all views of both splits."""
+    dtype = _DTYPES[config.data.feature_dtype]
+    shape = _feature_shape(backbone, config.augment.image_size)
+    views = []
+    for split, count in (("train", config.data.feature_views), ("validation", 1)):
+        loader = _loader_of_pixels(config, world, dataset, split)
+        for number in range(count):
+            name = f"{split}-{number:04}.npy" if split == "train" else f"{split}.npy"
+            writer = FeatureWriter(
+                folder / name,
+                (loader.num_samples, *shape),
+                dtype,
+                chunk_samples=_batch_size(dataset, split) * _CHUNK_BATCHES,
+                made_of=made_of,
+            )
+            views.append(_View(split, number, loader, writer))
+    return views
+
+
+def _loader_of_pixels(config: Config, world: World, dataset: Dataset, split: str) -> Loader:
+    """A split in order, each epoch of which is a view; every picture that is sound is valid."""
+    settings = replace(
+        config,
+        seed=config.data.feature_seed,
+        train=replace(config.train, objective="relevance"),  # needs no labels
+    )
+    size = _batch_size(dataset, split)
+    alone = World(rank_of_node=world.rank_of_node, ranks_per_node=world.ranks_per_node)
+    plan = BatchPlan(size, num_ranks=1, micro_batch_size=size, micro_steps=1)
+    augments = split == "train"
+    return Loader(dataset, split, settings, alone, plan, training=False, augments=augments)
+
+
+def _batch_size(dataset: Dataset, split: str) -> int:
+    return min(_BATCH, dataset.num_samples(split))
+
+
+@torch.no_grad()
+def _feature_shape(backbone: Backbone, image_size: int) -> tuple[int, int]:
+    black = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
+    _, num_regions, num_channels = region_features(backbone, black).shape
+    return num_regions, num_channels
+
+
+def _fill(
+    network: _Network,
+    views: list[_View],
+    place: _Place,
+    session: Session,
+    stopped: Callable[[], bool],
+    whereabouts: Whereabouts,
+) -> None:
+    """Completes the files of all views; every rank calls.
+
+    All ranks go through as many rounds, so that none waits for long, and an error of one is that
+    of all.
+    """
+    writers = [view.writer for view in views]
+    session.on_all(lambda: _begin(writers) if place.index == 0 else None)
+    chunks = session.on_all(lambda: _missing_chunks(views, place))
+    num_rounds = max(session.gather(len(chunks)))
+    num_pictures = sum(session.gather(sum(_num_pictures(view, chunk) for view, chunk in chunks)))
+    batches = _pixels(chunks)
+    shows_bar = session.is_main and num_rounds > 0
+    with progress_bar(num_pictures, "features") if shows_bar else nullcontext() as bar:
+        for number in range(num_rounds):
+            whereabouts.at("start")
+            mine = chunks[number] if number < len(chunks) else None
+            num_made = session.on_all(lambda: _make(network, batches, mine) if mine else 0)  # noqa: B023
+            num_made = sum(session.gather(num_made))
+            if bar is not None:
+                bar.update(num_made)
+            if any(session.gather(stopped())):
+                raise PreemptedError(
+                    "stopped by a signal while features were made; those that are finished are kept"
+                )
+    session.on_all(lambda: [writer.finish() for writer in writers] if place.index == 0 else None)
+
+
+def _begin(writers: Sequence[FeatureWriter]) -> None:
+    folder = writers[0].path.parent
+    num_bytes = sum(writer.missing_bytes for writer in writers)
+    require_space(folder, num_bytes, "cached features (--data.feature_views, --data.cache_dir)")
+    with _clear_errors(folder):
+        for writer in writers:
+            writer.begin()
+
+
+def _missing_chunks(views: Sequence[_View], place: _Place) -> list[tuple[_View, int]]:
+    """This rank's share: of all chunks in turn, also where some are done."""
+    if place.index < 0:
+        return []
+    missing = {view.writer.path: {*view.writer.missing_chunks()} for view in views}
+    chunks = [(view, chunk) for view in views for chunk in range(view.writer.num_chunks)]
+    return [
+        (view, chunk)
+        for view, chunk in chunks[place.index :: place.count]
+        if chunk in missing[view.writer.path]
+    ]
+
+
+def _num_pictures(view: _View, chunk: int) -> int:
+    return view.writer.rows(chunk).stop - view.writer.rows(chunk).start
+
+
+def _pixels(chunks: Sequence[tuple[_View, int]]) -> Iterator[Batch]:
+    """The batches of the chunks, by as few starts of loader processes as can be."""
+    for loader, group in groupby(chunks, key=lambda each: each[0].loader):
+        yield from loader.numbered([n for view, chunk in group for n in view.micro_batches(chunk)])
+
+
+def _make(network: _Network, batches: Iterator[Batch], mine: tuple[_View, int]) -> int:
+    """Makes one chunk; the number of its pictures."""
+    view, chunk = mine
+    bad: dict[int, str] = {}
+    with _clear_errors(view.writer.path.parent):
+        for batch in islice(batches, len(view.micro_batches(chunk))):
+            num_rows = int((batch.sample_ids >= 0).sum())
+            view.writer.write(int(batch.sample_ids[0]), network(batch)[:num_rows])
+            reasons = {reject.key: reject.reason for reject in batch.rejects}
+            for row in (~batch.sample_valid[:num_rows]).nonzero().flatten().tolist():
+                bad[int(batch.sample_ids[row])] = reasons[batch.keys[row]]
+        view.writer.finish_chunk(chunk, bad)
+    return _num_pictures(view, chunk)
+
+
+class _Network:
+    """Pixels -> features as they are kept, in the precision of training, on its device."""
+
+    def __init__(self, config: Config, backbone: Backbone, device: torch.device) -> None:
+        self._dtype, self._device = _DTYPES[config.data.feature_dtype], device
+        self._stages = backbone
+        precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.train.precision)
+        self._autocast = torch.autocast(device.type, precision, enabled=precision is not None)
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        """A copy: the model itself goes to the device when it is prepared."""
+        return copy.deepcopy(self._stages).to(self._device)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Float[Tensor, "batch region channel"]:
+        """On the CPU, zero in rows that are not valid.
+
+        Raises:
+            InputError: one of them is not finite in the dtype that is kept.
+        """
+        assert batch.pixels is not None
+        with self._autocast:
+            features = region_features(self._backbone, batch.pixels.to(self._device))
+        features = features.to(self._dtype).cpu()
+        features[~batch.sample_valid] = 0
+        finite = features.isfinite().flatten(1).all(1)
+        if not finite.all():
+            key = batch.keys[int((~finite).nonzero()[0])]
+            raise InputError(
+                f"the features of {key} are not finite numbers in {self._dtype}: set"
+                " --data.feature_dtype bf16, or look at --model.backbone_weights"
+            )
+        return features
+
+
+@contextmanager
+def _clear_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder}: {error.strerror}: cached features cannot be written there; make room, or"
+            " choose another --data.cache_dir; chunks that are finished are kept"
+        ) from None
