@@ -322,6 +322,7 @@ TABLE4: Sequence[tuple[str, str, str]] = (
 """The paper's rows: tags, prediction, ground truth; its pictures are not named."""
 
 SMOKE: Mapping[str, object] = {
+    "data.num_workers": 0,  # starting loader processes takes longer than they save
     "augment.image_size": 48,
     "augment.crop_scale_min": 0.7,
     "augment.policy": "none",  # it would change the colours, which are tags
@@ -332,9 +333,9 @@ SMOKE: Mapping[str, object] = {
     "optim.lr": 0.05,
     "optim.warmup_steps": 30,
     "optim.schedule": "cosine",
-    "train.epochs": 6,
+    "train.epochs": 5,
     "log.every_steps": 5,
     "log.tensorboard": False,
 }
 """Beside a backbone that `train_ls.py` trained on other demo data than the grid's."""
-SMOKE_ITEMS = 1600
+SMOKE_ITEMS, SMOKE_BACKBONE_EPOCHS = 1000, 8

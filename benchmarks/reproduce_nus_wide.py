@@ -98,7 +98,7 @@ def _options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]
         "--smoke_items",
         type=int,
         default=SMOKE_ITEMS,
-        help="of --smoke to train on, the backbone's the same number (default: %(default)s)",
+        help="to train on in --smoke (default: %(default)s; the backbone: 8/5 as many)",
     )
     given, extra = options.parse_known_args(argv)
     if bool(given.data) == given.smoke:
@@ -200,8 +200,8 @@ def _introduction(setup: Setup, dataset: Dataset, smoke: bool) -> list[str]:
         "A small run on generated pictures: it shows that all of it works, and which claims of the"
         " paper show here. Its numbers are not comparable with the paper's beside them; only their"
         " order is. The frozen backbone was trained by launchers/train_ls.py on"
-        f" {dataset.num_samples('train'):,} other generated pictures, so that it knows what such"
-        " pictures show, as one of ImageNet knows photographs.",
+        f" {dataset.num_samples('train') * 8 // 5:,} other generated pictures, so that it knows"
+        " what such pictures show, as one of ImageNet knows photographs.",
     ]
 
 

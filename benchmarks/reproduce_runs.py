@@ -174,7 +174,10 @@ def _outliers_job(setup: Setup, run: Run, seed: int) -> Job:
 
 def _predictions_job(setup: Setup, run: Run, seed: int) -> Job:
     out = setup.predictions_path(run.name, seed)
-    options = {"run": out.parent, "input": setup.data, "out": out}
+    options: dict[str, object] = {"run": out.parent, "input": setup.data, "out": out}
+    num_workers = setup.configs[run.name].data.num_workers
+    if num_workers is not None:
+        options["num_workers"] = num_workers
     return Job(f"{run.name}, seed {seed}: predictions", "predict.py", (*as_options(options),), out)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 import torchvision
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from magneto_dist.files import write_atomically
 from magneto_dist.trained_run import load_run
-from reproduce_grid import SMOKE
+from reproduce_grid import SMOKE, SMOKE_BACKBONE_EPOCHS
 from reproduce_runs import Job, Setup, as_options, run_all
 
 
@@ -22,30 +23,32 @@ def prepare_smoke(
 
     Args:
         setup: its work is where both are made.
-        num_items: training items of the grid, and as many others of the backbone.
+        num_items: training items of the grid, and 8/5 as many others of the backbone.
         run: as for `run_all`.
         made_by: provenance.
     """
-    setup = replace(setup, data=setup.work / "data", settings=SMOKE)
-    own_data, backbone = setup.work / "backbone-data", setup.work / "backbone"
-    weights = setup.work / "backbone.safetensors"
-    shared = ("log.every_steps", "log.tensorboard", "train.epochs")
+    data, own_data, backbone = (
+        setup.work / f"{name}-{num_items}" for name in ("data", "backbone-data", "backbone")
+    )
+    weights = backbone.with_suffix(".safetensors")
+    shared = ("data.num_workers", "log.every_steps", "log.tensorboard")
     settings = {
         **{name: SMOKE[name] for name in shared},
         "data.path": own_data,
         "output_dir": backbone,
+        "train.epochs": SMOKE_BACKBONE_EPOCHS,
     }
     given = (word for word in setup.extra if not word.startswith("--model."))
     options = (*as_options(settings), *given)
     jobs = [
-        _demo_job("data of the backbone", own_data, num_items, seed=1),
+        _demo_job("data of the backbone", own_data, num_items * 8 // 5, seed=1),
         Job("backbone", "train_ls.py", options, backbone / "summary.json"),
-        _demo_job("data", setup.work / "data", num_items, seed=0),
+        _demo_job("data", data, num_items, seed=0),
     ]
     run_all(jobs, run, setup.work, made_by)
     if not weights.exists():
         write_backbone(backbone, weights)
-    return replace(setup, settings={**SMOKE, "model.backbone_weights": weights})
+    return replace(setup, data=data, settings={**SMOKE, "model.backbone_weights": weights})
 
 
 def _demo_job(name: str, out: Path, items: int, seed: int) -> Job:
@@ -66,4 +69,4 @@ def write_backbone(run_dir: Path, out: Path) -> None:
         plain = name.removeprefix("stem.")
         assert plain in state, name
         state[plain] = value.contiguous()
-    save_file(state, out)
+    write_atomically(out, save(state))

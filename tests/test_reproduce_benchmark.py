@@ -328,7 +328,7 @@ def test_smoke_end_to_end(tmp_path):
     def newest(run_dir: Path) -> dict[str, torch.Tensor]:
         return load_file(max(run_dir.glob("checkpoints/step-*")) / "model.safetensors")
 
-    trained, used = newest(work / "backbone"), newest(work / "runs" / "magneto-aux" / "seed-0")
+    trained, used = newest(work / "backbone-48"), newest(work / "runs" / "magneto-aux" / "seed-0")
     key = "image_stream.backbone.stages.layer2.0.conv1.weight"
     assert torch.equal(trained[key], used[key])
     before = {path: path.stat().st_mtime_ns for path in (work / "runs").rglob("*.json*")}
