@@ -119,18 +119,18 @@ def _settings(words: Sequence[str]) -> Iterator[str]:
 
 def _refuse_blind_backbones(setup: Setup, experiments: Sequence[Experiment]) -> None:
     """A frozen backbone needs weights that have seen something, and they must be there."""
-    waiting = [
-        setup.configs[run.name].model
-        for run in runs_of(experiments)
-        if setup.configs[run.name].model.sees_pictures
-        and not all(training_job(setup, run, seed).is_done() for seed in setup.seeds)
-    ]
-    for model in waiting:
+    waiting = []
+    for run in runs_of(experiments):
+        model = setup.config(run, setup.seeds[0]).model
+        if not model.sees_pictures:
+            continue
         if model.backbone_weights == "none" and model.frozen_stages != 0:
             raise InputError(
                 "--model.backbone_weights none: a frozen backbone of random weights sees nothing,"
                 " and proves nothing; give imagenet or the path of a state_dict"
             )
+        if not all(training_job(setup, run, seed).is_done() for seed in setup.seeds):
+            waiting.append(model)
     if waiting:
         build_backbone(waiting[0])
 
@@ -192,7 +192,8 @@ def _introduction(setup: Setup, dataset: Dataset, smoke: bool) -> list[str]:
         f"{dataset.num_samples(split):,} {split} items" for split in sorted(dataset.splits)
     )
     seeds = ", ".join(map(str, setup.seeds))
-    what = f"{sizes}; seeds {seeds}; {setup.outliers} tag(s) added to an item for Table 3."
+    added = "1 tag" if setup.outliers == 1 else f"{setup.outliers} tags"
+    what = f"{sizes}; seeds {seeds}; {added} added to an item for Table 3."
     if not smoke:
         return [what]
     return [

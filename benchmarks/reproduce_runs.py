@@ -35,7 +35,7 @@ from reproduce_grid import RUNS, Experiment, Run
 ROOT = Path(__file__).parent.parent
 CONFIGS = {"train_nuswide.py": "nuswide.yaml", "pretrain.py": "pretrain_nuswide.yaml"}
 PRELOAD = ["magneto_dist.recipe", "magneto_dist.scoring", "magneto_dist.inference"]
-# May differ when a run goes on: they do not change what is trained.
+# May differ when a run goes on: they do not change what is trained, or are the grid's own.
 _FREE = {"output_dir", "init_from", "resume", "data.num_workers", "data.prefetch_batches"}
 _GRACE_S = 60
 
@@ -102,19 +102,20 @@ class Setup:
         own["output_dir"] = self.run_dir(run.name, seed)
         return (*as_options(self.settings), *self.extra, *as_options(own))
 
-    @cached_property
-    def configs(self) -> Mapping[str, Config]:
-        """By run; of the first seed.
+    def config(self, run: Run, seed: int) -> Config:
+        """The settings of a run.
 
         Raises:
             InputError: a setting that there is not.
         """
-        return {
-            run.name: parse_command_line(
-                "", ROOT / "configs" / CONFIGS[run.launcher], self.options(run, self.seeds[0])
-            )
-            for run in RUNS.values()
-        }
+        if run.name not in self._parsed:  # takes a while
+            path = ROOT / "configs" / CONFIGS[run.launcher]
+            self._parsed[run.name] = parse_command_line("", path, self.options(run, seed))
+        return replace(self._parsed[run.name], seed=seed)
+
+    @cached_property
+    def _parsed(self) -> dict[str, Config]:
+        return {}
 
     def shown(self, job: Job) -> str:
         """The command of a job without this machine's folders."""
@@ -160,7 +161,7 @@ def jobs_of(setup: Setup, experiments: Sequence[Experiment]) -> list[Job]:
 
 def training_job(setup: Setup, run: Run, seed: int) -> Job:
     """Trains."""
-    config = replace(setup.configs[run.name], seed=seed)
+    config = setup.config(run, seed)
     status = setup.run_dir(run.name, seed) / "status.json"
     options = setup.options(run, seed)
     return Job(f"{run.name}, seed {seed}", run.launcher, options, status, config)
@@ -175,7 +176,7 @@ def _outliers_job(setup: Setup, run: Run, seed: int) -> Job:
 def _predictions_job(setup: Setup, run: Run, seed: int) -> Job:
     out = setup.predictions_path(run.name, seed)
     options: dict[str, object] = {"run": out.parent, "input": setup.data, "out": out}
-    num_workers = setup.configs[run.name].data.num_workers
+    num_workers = setup.config(run, seed).data.num_workers
     if num_workers is not None:
         options["num_workers"] = num_workers
     return Job(f"{run.name}, seed {seed}: predictions", "predict.py", (*as_options(options),), out)
