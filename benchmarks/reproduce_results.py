@@ -76,7 +76,8 @@ def read_result(setup: Setup, run: str, seed: int) -> Result:
             numbers["alpha_std"] = float(values.std())
             numbers["alpha_extreme"] = 100 * float(extreme.mean())
     made_by = json.loads((folder / "provenance.json").read_bytes())
-    return Result(numbers, curves, alpha, {**made_by, **summary, "validation": None})
+    del made_by["command"], summary["validation"]  # with folders; told above
+    return Result(numbers, curves, alpha, {**made_by, **summary})
 
 
 def predictions(setup: Setup, run: str, seed: int) -> list[dict]:
