@@ -55,7 +55,8 @@ def gallery(predictions: Sequence[ItemPrediction], threshold: float, max_megapix
 
 
 def _figure(item: ItemPrediction, threshold: float, max_megapixels: float) -> str:
-    picture = _thumbnail(item.picture, max_megapixels) if item.picture else None
+    small = thumbnail(item.picture, max_megapixels) if item.picture else None
+    picture = base64.b64encode(small).decode("ascii") if small else ""
     shown = f'<img alt="" src="data:image/jpeg;base64,{picture}">' if picture else ""
     order = sorted(range(len(item.tags)), key=lambda slot: -item.probability[slot])
     lines = "".join(_line(item, slot, threshold) for slot in order)
@@ -84,7 +85,8 @@ def _note(what: str, tags: Sequence[str]) -> str:
     return f"<br>{what}: {escape(', '.join(tags))}" if tags else ""
 
 
-def _thumbnail(content: bytes, max_megapixels: float) -> str | None:
+def thumbnail(content: bytes, max_megapixels: float) -> bytes | None:
+    """A picture made small, as a JPEG; None: it cannot be decoded, or is larger than allowed."""
     try:
         pixels, _ = decode_image(content, max_megapixels)
     except BadSample:
@@ -93,4 +95,4 @@ def _thumbnail(content: bytes, max_megapixels: float) -> str | None:
     image.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=_QUALITY)
-    return base64.b64encode(jpeg.getvalue()).decode("ascii")
+    return jpeg.getvalue()

@@ -1,0 +1,195 @@
+"""The report: every table and figure of the paper's NUS-WIDE experiments, ours beside the paper's.
+
+1. `build` makes blocks (text, tables, pictures) of the results.
+2. `write` has them written as Markdown, HTML and pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from magneto_dist.data.inspect import Counts
+from magneto_dist.files import write_atomically
+from reproduce_blocks import Block, Heading, Picture, Table, as_html, as_markdown, pictures_of
+from reproduce_grid import METRICS, RUNS, TABLE4, Experiment
+from reproduce_plots import plot_distribution, plot_experiment
+from reproduce_results import DOES_NOT, ONE_SEED, SHOWS, Results, Spread, Verdict, spread_of
+
+
+@dataclass(frozen=True)
+class ShownItem:
+    """A row of Table 4."""
+
+    picture: Picture | None
+    tags: Sequence[str]
+    predicted: Sequence[str]
+    important: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that the report tells."""
+
+    title: str
+    introduction: Sequence[str]
+    experiments: Sequence[Experiment]
+    results: Results
+    verdicts: Sequence[Verdict]
+    counts: Sequence[Counts]
+    """Of each split; empty: figure 5 is not wanted."""
+    items: Sequence[ShownItem]
+    commands: Mapping[str, str]
+    """How each run was made, by run."""
+    provenance: Mapping[str, object]
+
+
+def build(material: Material) -> list[Block]:
+    """The report's blocks, in order."""
+    blocks: list[Block] = [Heading(material.title, 1), *material.introduction]
+    if material.verdicts:
+        blocks += _claims(material.verdicts)
+    for experiment in material.experiments:
+        blocks.append(Heading(f"{experiment.place.split(',')[0]}: {experiment.title}"))
+        blocks += _section(experiment, material)
+        if experiment.note:
+            blocks.append(experiment.note)
+    return [*blocks, *_how(material)]
+
+
+def _claims(verdicts: Sequence[Verdict]) -> list[Block]:
+    count = sum(v.verdict == SHOWS for v in verdicts)
+    rows = [
+        [
+            v.claim.text,
+            v.claim.place,
+            _side(v.claim.more, v.more),
+            _side(v.claim.less, v.less),
+            v.difference.text(METRICS[v.claim.more[1]].digits),
+            v.verdict,
+        ]
+        for v in verdicts
+    ]
+    header = ["The paper claims", "where", "this", "is more than this", "difference", "here"]
+    return [
+        Heading(f"What shows: {count} of {len(verdicts)} claims"),
+        "Mean ± standard deviation over the seeds; the difference is taken seed by seed."
+        f" “{SHOWS}”: it is above zero by a paired t-test over the seeds (one-sided, 5 %)."
+        f" “{DOES_NOT}”: it is not, or points the other way. With one seed there is no spread, and"
+        f" a difference of the right sign is “{ONE_SEED}”.",
+        Table(header, rows),
+    ]
+
+
+def _side(side: tuple[str, str], spread: Spread) -> str:
+    run, metric = side
+    number = spread.text(METRICS[metric].digits)
+    return f"{RUNS[run].title}: {METRICS[metric].heading} {number}"
+
+
+def _section(experiment: Experiment, material: Material) -> list[Block]:
+    if experiment.name == "figure5":
+        return _distribution(experiment, material.counts)
+    if experiment.name == "table4":
+        return _items(material.items)
+    blocks: list[Block] = [_numbers(experiment, material.results)]
+    plot = plot_experiment(experiment, material.results)
+    if plot:
+        blocks.append(Picture(f"{experiment.name}.png", plot, experiment.title))
+    if not experiment.paper:
+        blocks.append("The paper prints no numbers for this figure: its claims are what compares.")
+    return blocks
+
+
+def _numbers(experiment: Experiment, results: Results) -> Table:
+    """Ours, the paper's and the difference where the paper prints a number; else ours."""
+    header, rows = ["Model"], [[RUNS[run].title] for run in experiment.runs]
+    for metric in experiment.metrics:
+        heading, digits = METRICS[metric].heading, METRICS[metric].digits
+        printed = {r: n[metric] for r, n in experiment.paper.items() if metric in n}
+        header += [heading, *(["paper", "difference"] if printed else [])]
+        for row, run in zip(rows, experiment.runs, strict=True):
+            ours = spread_of(results, run, metric)
+            row.append(ours.text(digits) if ours else "–")
+            if printed:
+                paper = printed.get(run)
+                row.append("–" if paper is None else f"{paper:g}")
+                row.append("–" if ours is None or paper is None else f"{ours.mean - paper:+.2f}")
+    return Table(header, rows)
+
+
+def _distribution(experiment: Experiment, all_counts: Sequence[Counts]) -> list[Block]:
+    tags = [count for counts in all_counts for count in counts.tags_per_item]
+    ours = {
+        "items": len(tags),
+        "tags in the vocabulary": len(all_counts[0].dataset.vocabulary),
+        "most tags of an item": max(tags),
+        "most frequent number of tags": max(set(tags), key=tags.count),
+    }
+    rows = [
+        [name, f"{ours[name]:,}", f"{paper:,}", f"{ours[name] - paper:+,}"]
+        for name, paper in experiment.paper["data"].items()
+    ]
+    rows.append(["mean number of tags", f"{fmean(tags):.2f}", "–", "–"])
+    picture = Picture("figure5.png", plot_distribution(all_counts), experiment.title)
+    return [Table(["", "ours", "paper", "difference"], rows), picture]
+
+
+def _items(items: Sequence[ShownItem]) -> list[Block]:
+    header = ["Image", "Tags", "Prediction", "Ground truth"]
+    ours = [
+        [item.picture or "–", *map(", ".join, (item.tags, item.predicted, item.important))]
+        for item in items
+    ]
+    paper = [["–", *(words.replace(" ", ", ") for words in row)] for row in TABLE4]
+    return [
+        "Ours, MAGNeto aux, first seed. Items whose tags are those of a row of the paper come"
+        " first, if there are any; the others are the first ones of the validation split.",
+        Table(header, ours),
+        "The paper's (it does not name its pictures):",
+        Table(header, paper),
+    ]
+
+
+def _how(material: Material) -> list[Block]:
+    rows = []
+    for run, results in material.results.items():
+        speed = fmean(float(str(r.summary["images_per_second"])) for r in results)
+        wall = sum(float(str(r.summary["wall_s"])) for r in results)
+        commits = ", ".join(sorted({str(r.summary["commit"]) for r in results}))
+        steps = str(results[0].summary["step"])
+        rows.append([RUNS[run].title, steps, f"{speed:.0f}", f"{wall:.0f}", commits])
+    made = [[name, str(value)] for name, value in material.provenance.items() if name != "versions"]
+    versions = material.provenance["versions"]
+    assert isinstance(versions, Mapping)
+    made.append(["versions", ", ".join(f"{name} {v}" for name, v in versions.items())])
+    commands = [[RUNS[run].title, command] for run, command in material.commands.items()]
+    return [
+        Heading("How the numbers are taken"),
+        "Precision, recall and F1 are item-wise by the paper's protocol, at the evaluation with the"
+        " best F1, on the split that it was chosen on (the paper speaks of no third one), so that"
+        " all are a little too good. F1 of a stream: its own output, beside the gated one. “Mean"
+        " over evaluations” is the mean F1 of all evaluations of a run: higher where it converges"
+        " faster. α is the weight of the picture in a tag, over all tags of the validation split;"
+        " its unrest is the standard deviation of the mean α of the logged training batches in the"
+        " first quarter of the steps. Outlier % is the share of items to which tags were added of"
+        " which at least one is predicted; the added tags of an item come from the run's seed, and"
+        " are the same for all runs of a seed.",
+        Heading("Runs"),
+        Table(["Run", "steps", "items/s", "s, all seeds", "commit"], rows),
+        Table(["Run", "command, first seed"], commands),
+        Heading("Made by"),
+        Table(["", ""], made),
+    ]
+
+
+def write(folder: Path, blocks: Sequence[Block], commands: Iterable[str]) -> None:
+    """Writes `report.md`, the pictures that it names, and `report.html`, which holds them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    classes = {SHOWS: "yes", DOES_NOT: "no", **dict.fromkeys(commands, "code")}
+    write_atomically(folder / "report.html", as_html(blocks, classes).encode())
+    write_atomically(folder / "report.md", as_markdown(blocks).encode())
+    for picture in pictures_of(blocks):
+        write_atomically(folder / picture.name, picture.content)
