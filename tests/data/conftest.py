@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_data import Damager, make_sample, make_text_sample, write_small
 
 from magneto_dist.data.shards import Dataset
+from small_data import Damager, make_sample, make_text_sample, write_small
 
 
 @pytest.fixture(scope="session")

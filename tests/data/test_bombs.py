@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from pictures import (
     black_png,
     grey_jpeg,

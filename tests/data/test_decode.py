@@ -8,16 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pictures import (
-    PICTURES,
-    encoded,
-    jpeg_that_claims,
-    jpeg_with_scans,
-    png_that_claims,
-    png_with_two_headers,
-    turned,
-    webp_that_claims,
-)
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.autoaugment import _apply_op
@@ -32,6 +22,16 @@ from magneto_dist.data.auto_augment import IMAGENET_POLICY
 from magneto_dist.data.decode_cpu import OPERATIONS, CpuDecoder, DecodedImages, decode_image
 from magneto_dist.data.encoded_images import encoded_images
 from magneto_dist.data.sample import BadSample
+from pictures import (
+    PICTURES,
+    encoded,
+    jpeg_that_claims,
+    jpeg_with_scans,
+    png_that_claims,
+    png_with_two_headers,
+    turned,
+    webp_that_claims,
+)
 
 SIZE = 48
 WHOLE = evaluation_augmentation(AugmentConfig(image_size=SIZE, eval_crop_fraction=1.0))

@@ -29,8 +29,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small_data import VOCABULARY, read_jsonl
-from tar_samples import tar_contents
 
 from magneto_dist.batch import Batch
 from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig
@@ -45,6 +43,8 @@ from magneto_dist.data.step_log import cut_back_all
 from magneto_dist.data.writer import write_dataset
 from magneto_dist.world import World
 from shard_edits import note_index_hashes
+from small_data import VOCABULARY, read_jsonl
+from tar_samples import tar_contents
 
 NUM_EPOCHS = 2
 MAX_SAMPLES = 60

@@ -5,6 +5,12 @@ import io
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
+
+from magneto_dist.data import image_bytes
+from magneto_dist.data.decode_cpu import check_image_decodes
+from magneto_dist.data.image_bytes import checked_header, image_header
+from magneto_dist.data.sample import BadSample
 from pictures import (
     PICTURES,
     encoded,
@@ -14,12 +20,6 @@ from pictures import (
     turned,
     webp_that_claims,
 )
-from PIL import Image
-
-from magneto_dist.data import image_bytes
-from magneto_dist.data.decode_cpu import check_image_decodes
-from magneto_dist.data.image_bytes import checked_header, image_header
-from magneto_dist.data.sample import BadSample
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import encoded
-from small_data import key_of, read_jsonl
 
 from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig, TrainConfig
 from magneto_dist.data.indexing import index_tars, split_dataset
@@ -26,7 +24,9 @@ from magneto_dist.data.tar_scan import ScannedTar, TarScan
 from magneto_dist.data.verify import verify
 from magneto_dist.errors import InputError
 from magneto_dist.world import World
+from pictures import encoded
 from shard_edits import note_index_hashes
+from small_data import key_of, read_jsonl
 
 PICTURE = encoded(60, 50, "JPEG")
 PNG = encoded(20, 30, "PNG")

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-from small_data import read_jsonl
-
 from magneto_dist.batch import Reject
 from magneto_dist.data.ledger import Ledger, Quarantine
+from small_data import read_jsonl
 
 
 def write(quarantine: Quarantine, step: int, key: str) -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_data import NUM_SAMPLES, VOCABULARY, key_of, make_sample
 
 from magneto_dist.batch import Batch, Reject
 from magneto_dist.config import (
@@ -29,6 +28,7 @@ from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError
 from magneto_dist.world import World
+from small_data import NUM_SAMPLES, VOCABULARY, key_of, make_sample
 
 SLOTS = 8
 SIZE = 24

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulty_server import FAULTS, FaultyServer, serving, standing_before
-from small_data import NUM_SAMPLES, VOCABULARY, key_of, read_jsonl
 
+from faulty_server import FAULTS, FaultyServer, serving, standing_before
 from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig, TrainConfig
 from magneto_dist.data.indexing import index_tars
 from magneto_dist.data.loader import Loader
@@ -23,6 +22,7 @@ from magneto_dist.data.transfer import Readable, _Ranges
 from magneto_dist.errors import InputError
 from magneto_dist.world import World
 from processes import TINY, run
+from small_data import NUM_SAMPLES, VOCABULARY, key_of, read_jsonl
 
 KEYS = Counter(key_of(number) for number in range(NUM_SAMPLES["train"]))
 

@@ -7,9 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from pictures import encoded, turned
 from PIL import Image, ImageOps
-from small_data import VOCABULARY, make_sample
 
 from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shards import Dataset
@@ -17,6 +15,8 @@ from magneto_dist.data.shrink import Shrink
 from magneto_dist.data.verify import verify
 from magneto_dist.data.writer import write_dataset
 from magneto_dist.errors import InputError
+from pictures import encoded, turned
+from small_data import VOCABULARY, make_sample
 
 
 def smooth(width: int, height: int, kind: str, **options: object) -> bytes:

@@ -14,13 +14,13 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from tar_samples import tar_samples
 
 from magneto_dist.data.sample import Sample
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources import demo, demo_pictures
 from magneto_dist.data.sources.demo import DemoRow
 from magneto_dist.errors import InputError
+from tar_samples import tar_samples
 from warm import PATIENCE_S
 
 VISUAL = {*demo_pictures.SHAPES, *demo_pictures.COLOURS, *demo_pictures.TINTS}

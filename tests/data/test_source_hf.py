@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tar_samples import tar_samples
 
 from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shards import Dataset
@@ -17,6 +16,7 @@ from magneto_dist.data.sources import hf
 from magneto_dist.data.sources.hf import HfColumns, HfRow
 from magneto_dist.data.sources.hf_split import HfSplit
 from magneto_dist.errors import InputError
+from tar_samples import tar_samples
 
 pytestmark = pytest.mark.usefixtures("datasets_offline")
 

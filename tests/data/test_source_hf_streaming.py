@@ -12,9 +12,6 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tar_samples import tar_samples
-from test_source_hf import picture, table
-from test_writer import contents, wait_until
 
 from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shards import Dataset
@@ -24,6 +21,9 @@ from magneto_dist.data.sources.hf_cells import Cells, Place, read_named
 from magneto_dist.data.sources.hf_split import HfSplit, own_urls
 from magneto_dist.data.verify import verify
 from magneto_dist.errors import InputError
+from tar_samples import tar_samples
+from test_source_hf import picture, table
+from test_writer import contents, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_PARTS, ROWS_PER_PART = 3, 10

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
-from tar_samples import TarSample, tar_samples
 
 import nus_wide_tags
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources import nus_wide, nus_wide_files
 from magneto_dist.data.sources.nus_wide_files import read_distribution
 from magneto_dist.errors import InputError
+from tar_samples import TarSample, tar_samples
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "nus_wide"
 CONCEPTS = ["airport", "animal", "beach", "lake", "sky"]

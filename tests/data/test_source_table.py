@@ -10,12 +10,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from faulty_server import serving
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
-from tar_samples import tar_samples
 
+from faulty_server import serving
 from magneto_dist.data.sample import valid_key
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.shrink import Shrink
@@ -23,6 +22,7 @@ from magneto_dist.data.sources import table
 from magneto_dist.data.sources.columns import unique_keys
 from magneto_dist.data.sources.table import TableColumns
 from magneto_dist.errors import InputError
+from tar_samples import tar_samples
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 ROWS = [

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_data import NUM_SAMPLES, key_of, make_sample, picture
 
 from magneto_dist.batch import Reject
 from magneto_dist.data.indexing import index_tars
@@ -16,6 +15,7 @@ from magneto_dist.data.storage import Storage
 from magneto_dist.data.stream import Record, SampleReader, load_rows
 from magneto_dist.errors import InputError
 from shard_edits import note_index_hashes
+from small_data import NUM_SAMPLES, key_of, make_sample, picture
 
 
 def reader(dataset: Dataset, *, with_images: bool = True, **limit: int) -> SampleReader:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_preflight import serving
 
 from magneto_dist.errors import EXIT_STALLED
 from processes import TINY, launch_through, losses, status
 from processes import wait_for_step as wait_for_logged_step
+from test_preflight import serving
 from warm import PATIENCE_S, Forked, Warm, free_port, places
 
 STEPS, SAVE_STEPS = 14, 4
