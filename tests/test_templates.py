@@ -124,6 +124,7 @@ def test_kubernetes_job_starts_what_our_parsers_accept(monkeypatch: pytest.Monke
         assert any(str(path).startswith(mount) for mount in mounts), path
 
 
+@pytest.mark.slow
 def test_torchrun_may_be_process_1_as_in_a_container(demo_shards: Path, tmp_path: Path) -> None:
     container = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
     if subprocess.run([*container, "true"], capture_output=True, check=False).returncode != 0:

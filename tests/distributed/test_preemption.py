@@ -83,6 +83,7 @@ def wait_for_line(path: Path, content: str) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_and_every_loader_process_saves(
     warm: Warm, demo_shards: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -126,7 +126,8 @@ def test_what_is_wrong_is_said_once(demo_shards: Path, tmp_path: Path) -> None:
     assert "/nowhere" in status(tmp_path)["reason"]
 
 
-@pytest.mark.parametrize("asked_for", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("asked_for", [1, 2])
 def test_accelerate_on_cpu_that_starts_fewer_processes_than_asked_for_is_refused(
     demo_shards: Path, tmp_path: Path, asked_for: int
 ) -> None:

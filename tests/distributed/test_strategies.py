@@ -50,7 +50,12 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "strategy",
-    [pytest.param(s, marks=pytest.mark.slow if s == "zero1" else ()) for s in STRATEGIES[1:]],
+    [
+        pytest.param(
+            s, marks=() if s in GOLDEN else pytest.mark.slow
+        )  # the launch alone takes long
+        for s in STRATEGIES[1:]
+    ],
 )
 def test_two_ranks_that_accumulate_equal_one_process(
     run_of: Callable[[str], Path], strategy: str

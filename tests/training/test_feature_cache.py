@@ -161,6 +161,7 @@ def test_cached_features_are_the_live_ones_to_rounding(
     assert_cached_is_live(config, Dataset.open(str(demo_shards)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (PHOTOS.exists() and WEIGHTS.exists()),
     reason=f"the photographs {PHOTOS} and the weights {WEIGHTS} are not both here",
