@@ -51,9 +51,8 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "strategy",
     [
-        pytest.param(
-            s, marks=() if s in GOLDEN else pytest.mark.slow
-        )  # the launch alone takes long
+        # The launch alone takes long.
+        pytest.param(s, marks=() if s in GOLDEN else pytest.mark.slow)
         for s in STRATEGIES[1:]
     ],
 )
