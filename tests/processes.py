@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from warm import PATIENCE_S, REPOSITORY, ForkedRanks, places, shared
+from warm import PATIENCE_S, REPOSITORY, ForkedRanks, shared
 
 _launched: list[subprocess.Popen[str] | ForkedRanks] = []
 
@@ -44,17 +44,10 @@ def launch(
     Files that would grow over `largest_file_bytes` meet an error, as on a full disk. What a test
     has not waited for is ended after it.
     """
-    forks = [
-        shared().start(
-            launcher,
-            *options,
-            environment=place,
-            cwd=cwd,
-            largest_file_bytes=largest_file_bytes,
-        )
-        for place in places(ranks)
-    ]
-    _launched.append(launched := ForkedRanks(forks))
+    launched = shared().start_ranks(
+        launcher, *options, ranks=ranks, cwd=cwd, largest_file_bytes=largest_file_bytes
+    )
+    _launched.append(launched)
     return launched
 
 

@@ -196,31 +196,34 @@ class Warm:
         assert code is not None, f"still running after {timeout_s} s: {launched.output}"
         return code
 
-    def run(
+    def start_ranks(
         self,
         launcher: str,
         *options: str,
-        ranks: int = 1,
+        ranks: int,
         environment: Mapping[str, str] | None = None,
         forwards: Path | None = None,
-        cwd: Path | None = None,
-    ) -> str:
-        """Runs a launcher on `ranks` processes to its end, which must be a good one.
+        **more: Any,
+    ) -> ForkedRanks:
+        """As `start`, on `ranks` processes; `forwards` is a folder, `N.jsonl` for rank N."""
+        return ForkedRanks(
+            [
+                self.start(
+                    launcher,
+                    *options,
+                    environment={**place, **(environment or {})},
+                    forwards=forwards and forwards / f"{rank}.jsonl",
+                    **more,
+                )
+                for rank, place in enumerate(places(ranks))
+            ]
+        )
 
-        `forwards` is a folder here, with a file `N.jsonl` for rank N. Returns what they printed.
-        """
-        started = [
-            self.start(
-                launcher,
-                *options,
-                environment={**place, **(environment or {})},
-                forwards=forwards and forwards / f"{rank}.jsonl",
-                cwd=cwd,
-            )
-            for rank, place in enumerate(places(ranks))
-        ]
-        output, _ = (group := ForkedRanks(started)).communicate()
-        assert group.returncode == 0, output
+    def run(self, launcher: str, *options: str, ranks: int = 1, **more: Any) -> str:
+        """As `start_ranks`, to its end, which must be a good one; what they printed."""
+        started = self.start_ranks(launcher, *options, ranks=ranks, **more)
+        output, _ = started.communicate()
+        assert started.returncode == 0, output
         return output
 
     def _ask(self, request: Mapping[str, Any]) -> Any:
