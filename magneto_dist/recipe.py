@@ -115,12 +115,12 @@ def _train_in_folder(
     run: RunFolder | None,
     whereabouts: Whereabouts,
 ) -> None:
-    dataset = session.on_all(lambda: _open_data(config))
+    dataset = session.on_all(lambda: open_data(config))
     whereabouts.at("start")
     checkpoint = session.from_main(lambda: checkpoint_to_resume(config, dataset))
     whereabouts.at("start")
     start = session.on_all(lambda: read_progress(checkpoint) if checkpoint else Progress())
-    plan = _plan(config, session, start)
+    plan = derive_plan(config, session, start)
     if run is not None and plan.idle_ranks:
         print(
             f"warning: {plan.idle_ranks} of {plan.num_ranks} processes have nothing to do: a global"
@@ -143,7 +143,7 @@ def _train_in_folder(
             print(f"{config.output_dir} is finished: {start.step} of {total_steps} steps are done")
         return
     session.from_main(lambda: _begin(run, start, config, dataset))
-    model = session.on_all(lambda: _initial_model(config, dataset, checkpoint))
+    model = session.on_all(lambda: initial_model(config, dataset, checkpoint))
     session.from_main(lambda: require_checkpoint_space(config, model))
     whereabouts.at("start")
     features = None
@@ -218,7 +218,7 @@ def _train_in_folder(
         _finish(run, end, session, loader)
 
 
-def _open_data(config: Config) -> Dataset:
+def open_data(config: Config) -> Dataset:
     path = config.data.path or str(ensure_demo())
     dataset = Dataset.open(path, config.data.cache_dir, config.data.cache_gb)
     for split in ("train", "validation"):
@@ -238,7 +238,7 @@ def _open_data(config: Config) -> Dataset:
     return dataset
 
 
-def _plan(config: Config, session: Session, start: Progress) -> BatchPlan:
+def derive_plan(config: Config, session: Session, start: Progress) -> BatchPlan:
     size = config.train.global_batch_size
     if start.step and start.num_ranks == session.world.num_ranks:
         return BatchPlan(size, start.num_ranks, start.micro_batch_size, start.micro_steps)
@@ -262,7 +262,7 @@ def _begin(run: RunFolder | None, start: Progress, config: Config, dataset: Data
     run.write_status("running", start.step)
 
 
-def _initial_model(config: Config, dataset: Dataset, checkpoint: Path | None) -> nn.Module:
+def initial_model(config: Config, dataset: Dataset, checkpoint: Path | None) -> nn.Module:
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     model = _build(config, dataset, has_weights=checkpoint is not None)
     if checkpoint:
