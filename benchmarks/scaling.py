@@ -24,6 +24,7 @@ from tqdm import tqdm
 from harness import RESULTS, provenance, save
 from magneto_dist.config_io import parse_command_line
 from magneto_dist.errors import InputError
+from throughput_card import ALONE
 
 STAGES = ("whole", "step", "forward+backward", "optimizer", "all-reduce")
 _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
@@ -76,6 +77,9 @@ def run_series(given: argparse.Namespace, overrides: Sequence[str]) -> None:
     for point in points:
         speed = f"{point.images_per_s:>10.1f} {point.efficiency:>11.0%}"
         print(f"{point.kind:<8}{point.ranks:>9} {speed}   {point.limit}")
+    got = min(result["cores_got"] for results in found.values() for result in results)
+    if got < ALONE and numbers[-1] <= cores:
+        print(f"warning: processes had a core for {got:.0%} of the time: something else runs here")
     result = {
         "question": f"scaling of {given.config.stem}, data {Path(given.data).name}",
         "cores": cores,
@@ -100,7 +104,8 @@ def worlds_of(numbers: Sequence[int], batch: int) -> list[World]:
 def _measure(world: World, given: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     script = Path(__file__).with_name("throughput.py")
     options: list[str] = ["--config", str(given.config), "--data", given.data, "--only", *STAGES]
-    for name in ("rounds", "round_s", "items", "picture", "num_tags", "tags_per_item", "folder"):
+    options += ["--picture", "{}x{}".format(*given.picture)]
+    for name in ("rounds", "round_s", "items", "num_tags", "tags_per_item", "folder"):
         if (value := getattr(given, name)) is not None:
             options += [f"--{name}", str(value)]
     environment = {name: v for name, v in os.environ.items() if name not in _OF_LAUNCHERS}
@@ -129,7 +134,7 @@ def _median(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _kept(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: result[name] for name in ("stages", "data_wait", "timings")}
+    return {name: result[name] for name in ("stages", "data_wait", "cores_got", "timings")}
 
 
 def series(rates: Mapping[World, Mapping[str, float]]) -> list[Point]:

@@ -41,26 +41,19 @@ def main() -> None:
         return
     config = _config(given, overrides)
     # Here and not above: loader processes import this file, and need no model.
-    from magneto_dist.data.shards import Dataset
-    from magneto_dist.data.sources.demo import ensure_demo
+    from magneto_dist.recipe import open_data
     from magneto_dist.training.session import Session
-    from synthetic import make_synthetic
     from throughput_stages import measure
 
     session = Session(config.train, config.optim.clip_norm)
     with tempfile.TemporaryDirectory() as temporary:
         # Of the first rank, as all must have the same.
         work = Path(session.from_main(lambda: str(given.folder or temporary)))
+        path = {"demo": None, "synthetic": str(work / "synthetic")}.get(given.data, given.data)
+        config = replace(config, data=replace(config.data, path=path))
         if given.data == "synthetic":
-            size = tuple(int(side) for side in given.picture.split("x"))
-            per_item = given.tags_per_item or max(1, config.tags.max_tags // 2)
-            session.from_main(
-                lambda: make_synthetic(
-                    work / "synthetic", given.items, size, given.num_tags, per_item
-                ).root
-            )
-        path = {"demo": ensure_demo(), "synthetic": work / "synthetic"}.get(given.data, given.data)
-        dataset = session.on_all(lambda: Dataset.open(str(path)))
+            session.from_main(lambda: _make(work / "synthetic", config, given))
+        dataset = session.on_all(lambda: open_data(config))
         found = measure(
             config,
             session,
@@ -88,7 +81,10 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     options.add_argument("--round_s", type=float, default=2.0, help="s a call takes (default: 2)")
     options.add_argument("--items", type=int, default=512, help="synthetic: items (default: 512)")
     options.add_argument(
-        "--picture", default="500x375", help="synthetic: width x height, pixels (default: 500x375)"
+        "--picture",
+        type=_size,
+        default="500x375",
+        help="synthetic: width x height, pixels (default: 500x375)",
     )
     options.add_argument(
         "--num_tags", type=int, default=1000, help="synthetic: vocabulary (default: 1000)"
@@ -105,6 +101,12 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     return options.parse_known_args()
 
 
+def _size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT; argparse tells of a ValueError in one line."""
+    width, height = (int(side) for side in text.split("x"))
+    return width, height
+
+
 def _config(given: argparse.Namespace, overrides: list[str]) -> Config:
     from training_rounds import endless
 
@@ -113,6 +115,13 @@ def _config(given: argparse.Namespace, overrides: list[str]) -> Config:
     if config.model.backbone_weights == "imagenet":  # the same work without a download
         config = replace(config, model=replace(config.model, backbone_weights="none"))
     return config
+
+
+def _make(folder: Path, config: Config, given: argparse.Namespace) -> None:
+    from synthetic import make_synthetic
+
+    per_item = given.tags_per_item or max(1, config.tags.max_tags // 2)
+    make_synthetic(folder, given.items, given.picture, given.num_tags, per_item)
 
 
 def _tell(found: dict[str, Any], given: argparse.Namespace) -> None:

@@ -19,6 +19,8 @@ IN_TRAINING = ("copy", "forward+backward", "optimizer", "all-reduce")
 WAITS = {"cpu": 0.10, "cuda": 0.05}  # data-wait from which data is what training waits for
 BUSY = 0.85  # share of the attainable rate from which the cores have nothing left to give
 LOOP = 0.10  # share of a step that is none of its stages' from which it is the loop's
+SHARED = 0.85  # of the speed with data already there, below which the GPU has something else to do
+ALONE = 0.90  # of the time on a core, below which other processes disturb what is measured
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,10 @@ def diagnose(measured: Measured) -> Diagnosis:
 
     1. Training waits for data: the stage of the loader that takes most core time.
     2. It does not, but (CPU) the cores are busy: the stage that takes most core time of all.
-    3. A step takes longer than its stages do: the loop, or gradients on their way.
-    4. Else the longest stage of a step.
+    3. It does not, but (GPU) training is slower than with data already there: `dali_gpu` decodes on
+       the same device.
+    4. A step takes longer than its stages do: the loop, or gradients on their way.
+    5. Else the longest stage of a step.
     """
     wait, limit = measured.found["data_wait"], WAITS[measured.found["device"]]
     in_loader = {name: measured.core_ms(name) for name in IN_LOADER if measured.core_ms(name)}
@@ -86,8 +90,8 @@ def diagnose(measured: Measured) -> Diagnosis:
         worst = max(in_loader, key=lambda name: in_loader[name])
         share = in_loader[worst] / sum(in_loader.values())
         because = (
-            f"training waits for data {wait:.0%} of the time, and {worst} is {share:.0%} of a loader"
-            " process's work"
+            f"training waits for data {wait:.0%} of the time, and {worst} is {share:.0%} of a"
+            " loader process's work"
         )
         return Diagnosis(worst, because, _settings_of_data(worst, measured))
     whole, most = measured.rate("whole"), ceiling(measured)[0]
@@ -99,6 +103,12 @@ def diagnose(measured: Measured) -> Diagnosis:
         if worst in IN_LOADER:
             return Diagnosis(worst, because, _settings_of_data(worst, measured))
         return Diagnosis(worst, because, _settings_of_training(worst, measured))
+    if measured.found["decoder"] == "dali_gpu" and whole < SHARED * measured.rate("step"):
+        because = (
+            f"training is at {whole / measured.rate('step'):.0%} of its speed with data already"
+            " there and does not wait: decoding takes time of the same GPU"
+        )
+        return Diagnosis("decode", because, _settings_of_data("decode", measured))
     worst, step_ms = _longest_of_a_step(measured)
     because = (
         f"training hardly waits for data ({wait:.0%}), and {worst} is"
@@ -140,6 +150,8 @@ def _settings_of_data(stage: str, measured: Measured) -> tuple[str, ...]:
         "read"
     ):
         settings.append("faster storage, or a copy on a local disk: reading waits, not computes")
+    if stage == "read":
+        settings.append("--data.num_streams lower (a batch reads from fewer places)")
     if stage in ("decode", "prepare"):
         settings.append(
             "build the data set with --shrink.shorter_side"
@@ -229,6 +241,7 @@ def card(measured: Measured, said: Mapping[str, Any], title: str) -> str:
         lines.append(f"{timing['name']:<18}{timing['per_s']:>10.0f}  {spread:<20}{core_ms:>8.2f}")
     memory = ", ".join(f"{name} {value:.2f} GB" for name, value in found["peak_memory_gb"].items())
     lines += ["", *_said(said), f"peak memory      {memory}", ""]
+    lines += _warning(measured)
     lines += [f"bottleneck       {said['bottleneck']}: {said['because']}"]
     lines += [f"try              {setting}" for setting in said["try"]]
     return "\n".join(lines)
@@ -238,8 +251,8 @@ def markdown(measured: Measured, said: Mapping[str, Any], title: str, picture: s
     """The card as a page."""
     found = measured.found
     rows = [
-        f"| {t['name']} | {t['per_s']:,.0f} | {t['slowest_per_s']:,.0f} - {t['fastest_per_s']:,.0f} |"
-        f" {measured.core_ms(t['name']):.2f} |"
+        f"| {t['name']} | {t['per_s']:,.0f} | {t['slowest_per_s']:,.0f} -"
+        f" {t['fastest_per_s']:,.0f} | {measured.core_ms(t['name']):.2f} |"
         for t in found["timings"]
     ]
     memory = ", ".join(f"{name} {value:.2f} GB" for name, value in found["peak_memory_gb"].items())
@@ -253,7 +266,10 @@ def markdown(measured: Measured, said: Mapping[str, Any], title: str, picture: s
             "|---|---|---|---|",
             *rows,
             "",
-            *(f"- {line}" for line in (*_said(said), f"peak memory {memory}")),
+            *(
+                f"- {' '.join(line.split())}"
+                for line in (*_said(said), f"peak memory {memory}", *_warning(measured))
+            ),
             "",
             f"**Bottleneck: {said['bottleneck']}.** {said['because'].capitalize()}. Try:",
             "",
@@ -275,14 +291,24 @@ def _header(measured: Measured) -> str:
     )
 
 
+def _warning(measured: Measured) -> list[str]:
+    got = measured.found["cores_got"]
+    if got is None or got >= ALONE:
+        return []
+    return [
+        f"warning          this process had a core for {got:.0%} of the time it wanted one:"
+        " something else runs on this machine; do not trust images/s"
+    ]
+
+
 def _said(said: Mapping[str, Any]) -> list[str]:
     utilisation = said["model_flop_utilisation"]
     of_peak = "" if utilisation is None else f", {utilisation:.1%} of the data sheet's"
     return [
         f"whole step       {said['images_per_s']:.0f} images/s, {said['of_ceiling']:.0%} of the"
         f" ceiling of {said['ceiling_images_per_s']:.0f} ({said['ceiling_is']})",
-        f"data             {said['of_data_already_there']:.0%} of the speed with data already there,"
-        f" {said['data_wait']:.0%} of the time waiting for it",
+        f"data             {said['of_data_already_there']:.0%} of the speed with data already"
+        f" there, {said['data_wait']:.0%} of the time waiting for it",
         f"arithmetic       {said['flop_per_s_per_rank'] / 1e9:,.1f} GFLOP/s a rank,"
         f" {said['of_matrix_product']:.0%} of a large matrix product here{of_peak}",
     ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -39,6 +39,7 @@ from magneto_dist.recipe import derive_plan
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.loop import Job, settle_batch_norms
 from magneto_dist.training.session import Session
+from throughput_card import IN_LOADER, IN_TRAINING
 from training_rounds import ENDLESS, Rounds, Taken, repeated, training_job
 
 Run = Callable[[int], Taken]
@@ -72,11 +73,8 @@ class Stages:
         self._rounds = Rounds(job, WARM_STEPS)
         plan = job.plan
         self._images_per_step = plan.global_batch_size / plan.num_ranks
-        self.fixed = [
-            list(itertools.islice(batches, plan.micro_steps))
-            for batches in [job.loader.batches(1, FIXED_STEPS)]
-            for _ in range(FIXED_STEPS)
-        ]
+        made = job.loader.batches(1, FIXED_STEPS)
+        self.fixed = [list(itertools.islice(made, plan.micro_steps)) for _ in range(FIXED_STEPS)]
         """Micro-batches of some steps, as they come from the loader."""
 
     def all(self) -> dict[str, Run]:
@@ -95,7 +93,9 @@ class Stages:
             for number in range(num_units):
                 unit(number)
             end = now(self.session.device)
-            return Taken(end.wall_s - start.wall_s, end.core_s - start.core_s, 0.0, images * num_units)
+            return Taken(
+                end.wall_s - start.wall_s, end.core_s - start.core_s, 0.0, images * num_units
+            )
 
         return run
 
@@ -103,7 +103,9 @@ class Stages:
 
     def _whole(self, num_steps: int) -> Taken:
         """Endless, so that loader processes have as much to do at the end of a round as before."""
-        return self._rounds.loop(lambda first, _: self.job.loader.batches(first, ENDLESS), num_steps)
+        return self._rounds.loop(
+            lambda first, _: self.job.loader.batches(first, ENDLESS), num_steps
+        )
 
     def _loader(self, num_steps: int) -> Taken:
         """All of the loader with its processes, and nobody who uses what it makes."""
@@ -123,9 +125,8 @@ class Stages:
 
     def _stages_of_loader(self) -> dict[str, Run]:
         micro = self._micro_batches()
-        epoch = micro.order.num_samples  # wraps around
         rows = self.job.plan.micro_batch_size
-        per_epoch = self.job.plan.steps_per_epoch(epoch)
+        per_epoch = self.job.plan.steps_per_epoch(micro.order.num_samples)
 
         def encode(number: int) -> Any:
             epoch, step = divmod(number, per_epoch)
@@ -137,7 +138,8 @@ class Stages:
         if self._decoder == "none":
             return stages
         encoded = encode(0)
-        images, augmentations = encoded.images[:MOST_PICTURES], encoded.augmentations[:MOST_PICTURES]
+        images = encoded.images[:MOST_PICTURES]
+        augmentations = encoded.augmentations[:MOST_PICTURES]
         cpu = CpuDecoder(self.config.augment.image_size, self.config.data.max_image_megapixels)
         if self._decoder.startswith("dali"):
             decode = self._dali(cpu)
@@ -265,11 +267,9 @@ def measure(
     loader = Loader(dataset, "train", config, session.world, plan, training=True)
     with training_job(config, session, dataset, plan, loader, folder) as job:
         stages = Stages(job, dataset)
-        runs = {name: run for name, run in stages.all().items() if not only or name in only}
+        runs = _chosen(stages.all(), only)
         ledger = _Ledger(session, runs, round_s)
-        timings = compare_measured(
-            ledger.calls(), 1, rounds, shows_bar=session.is_main
-        )
+        timings = compare_measured(ledger.calls(), 1, rounds, shows_bar=session.is_main)
         computing = _computing(stages) if "forward+backward" in runs else {}
         return {
             **_setting(config, session, plan, loader),
@@ -281,11 +281,20 @@ def measure(
                 }
                 for timing in timings
             },
+            "cores_got": ledger.cores_got(),
             "data_wait": median(ledger.waiting["whole"][1:]) if "whole" in runs else None,
             "slots_used": _mean([batch.tag_mask for step in stages.fixed for batch in step]),
             "peak_memory_gb": _peak_memory(session),
             "timings": [asdict(timing) for timing in timings],
         }
+
+
+def _chosen(runs: Mapping[str, Run], only: tuple[str, ...]) -> dict[str, Run]:
+    """Those wanted that are there: not every machine has every stage."""
+    unknown = set(only) - {"whole", "loader", "step", *IN_LOADER, *IN_TRAINING}
+    if unknown:
+        raise InputError(f"--only {' '.join(sorted(unknown))}: there are {', '.join(runs)}")
+    return {name: run for name, run in runs.items() if not only or name in only}
 
 
 class _Ledger:
@@ -297,6 +306,7 @@ class _Ledger:
         self._round_s = round_s
         self.core_s: dict[str, list[float]] = {name: [] for name in runs}
         """Per image, of all ranks."""
+        self._got: dict[str, list[float]] = {name: [] for name in runs}
         self.waiting: dict[str, list[float]] = {name: [] for name in runs}
         """Share of the time in which a rank waits for data."""
 
@@ -312,7 +322,20 @@ class _Ledger:
         wall_s, core_s, wait_s, images = self._together(name, self._num_units[name])
         self.core_s[name].append(core_s / images)
         self.waiting[name].append(wait_s / wall_s)
+        self._got[name].append(core_s / (wall_s * self._session.world.num_ranks))
         return wall_s / images
+
+    def cores_got(self) -> float | None:
+        """Share of the time for which a process that computes had its cores, at worst.
+
+        Of stages that do nothing but compute, on the CPU; None: there is none. Less than 1 where
+        other processes run on this machine.
+        """
+        threads = {"decode": 1, "augment": 1, "forward+backward": torch.get_num_threads()}
+        if self._session.device.type == "cuda":
+            del threads["forward+backward"]
+        shares = [median(self._got[n]) / threads[n] for n in threads if n in self._got]
+        return min(shares, default=None)
 
     def _together(self, name: str, num_units: int) -> Taken:
         """The slowest rank's time and wait, all ranks' work."""
@@ -322,9 +345,7 @@ class _Ledger:
         return Taken(max(wall_s), sum(core_s), max(wait_s), sum(images))
 
 
-def _setting(
-    config: Config, session: Session, plan: BatchPlan, loader: Loader
-) -> dict[str, Any]:
+def _setting(config: Config, session: Session, plan: BatchPlan, loader: Loader) -> dict[str, Any]:
     return {
         "device": session.device.type,
         "ranks": session.world.num_ranks,

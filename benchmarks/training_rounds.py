@@ -65,7 +65,12 @@ def endless(config: Config) -> Config:
 
 @contextmanager
 def training_job(
-    config: Config, session: Session, dataset: Dataset, plan: BatchPlan, loader: Loader, folder: Path
+    config: Config,
+    session: Session,
+    dataset: Dataset,
+    plan: BatchPlan,
+    loader: Loader,
+    folder: Path,
 ) -> Iterator[Job]:
     """A run with everything that `recipe.run_training` gives one, but evaluation.
 

@@ -219,6 +219,11 @@ def _train_in_folder(
 
 
 def open_data(config: Config) -> Dataset:
+    """The data set that `config` names, with what training needs.
+
+    Raises:
+        InputError: items, pictures or labels are missing.
+    """
     path = config.data.path or str(ensure_demo())
     dataset = Dataset.open(path, config.data.cache_dir, config.data.cache_gb)
     for split in ("train", "validation"):
@@ -239,6 +244,7 @@ def open_data(config: Config) -> Dataset:
 
 
 def derive_plan(config: Config, session: Session, start: Progress) -> BatchPlan:
+    """How global batches are cut over the ranks; as before, where there are as many."""
     size = config.train.global_batch_size
     if start.step and start.num_ranks == session.world.num_ranks:
         return BatchPlan(size, start.num_ranks, start.micro_batch_size, start.micro_steps)
@@ -263,6 +269,11 @@ def _begin(run: RunFolder | None, start: Progress, config: Config, dataset: Data
 
 
 def initial_model(config: Config, dataset: Dataset, checkpoint: Path | None) -> nn.Module:
+    """The model that a run begins or goes on with.
+
+    Raises:
+        InputError: weights or vectors cannot be read or do not fit.
+    """
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     model = _build(config, dataset, has_weights=checkpoint is not None)
     if checkpoint:

@@ -73,7 +73,8 @@ def test_loading_costs_little_more_than_decoding(tmp_path):
         decoding=lambda: decoder(images, augmentations),
         loading=lambda: list(loader.batches(1, 1)),
     )
-    assert ways["loading"].ratio > 0.7  # measured: 0.95
+    print(ways["loading"])
+    assert ways["loading"].ratio > 0.7
 
 
 def raw_samples(dataset: Dataset):
@@ -89,7 +90,8 @@ def test_folded_batch_norms_pay():
         backbone.stages((pixels / 255 - mean) / std)
 
     ways = taken_in_turn(15, unfolded=unfolded, folded=lambda: backbone(pixels))
-    assert ways["folded"].ratio > 1.0  # measured: 1.3
+    print(ways["folded"])
+    assert ways["folded"].ratio > 1.0
 
 
 def test_the_loop_costs_little_more_than_a_bare_one(demo_shards):
@@ -99,7 +101,8 @@ def test_the_loop_costs_little_more_than_a_bare_one(demo_shards):
         data=replace(config.data, num_workers=0),
         train=replace(config.train, global_batch_size=16),
     )
-    found = overhead(config, Dataset.open(str(demo_shards)), rounds=7, num_steps=5)
+    found = overhead(config, Dataset.open(str(demo_shards)), rounds=5, num_steps=4)
+    print(found)
     # measured: 0.03; of a step a quarter as long as the demo's, so that the loop weighs more
     assert found.cores < 0.25
 
