@@ -73,7 +73,6 @@ def test_loading_costs_little_more_than_decoding(tmp_path):
         decoding=lambda: decoder(images, augmentations),
         loading=lambda: list(loader.batches(1, 1)),
     )
-    print(ways["loading"])
     assert ways["loading"].ratio > 0.7
 
 
@@ -81,17 +80,18 @@ def raw_samples(dataset: Dataset):
     return SampleReader(dataset, "train", with_images=True).read(torch.arange(ITEMS).numpy())
 
 
-def test_folded_batch_norms_pay():
+def test_frozen_stages_cost_no_more_than_plain_ones_without_a_graph():
+    """Folding them anew in every step, for one, takes twice as long."""
     backbone = build_backbone(ModelConfig(backbone="resnet18", frozen_stages="all"))
     pixels = torch.randint(256, (8, 3, 64, 64), dtype=torch.uint8)
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
 
-    def unfolded() -> None:
-        backbone.stages((pixels / 255 - mean) / std)
+    def plain() -> None:
+        with torch.no_grad():
+            backbone.stages((pixels / 255 - mean) / std)
 
-    ways = taken_in_turn(15, unfolded=unfolded, folded=lambda: backbone(pixels))
-    print(ways["folded"])
-    assert ways["folded"].ratio > 1.0
+    ways = taken_in_turn(11, plain=plain, frozen=lambda: backbone(pixels))
+    assert ways["frozen"].ratio > 0.8
 
 
 def test_the_loop_costs_little_more_than_a_bare_one(demo_shards):
@@ -101,9 +101,8 @@ def test_the_loop_costs_little_more_than_a_bare_one(demo_shards):
         data=replace(config.data, num_workers=0),
         train=replace(config.train, global_batch_size=16),
     )
-    found = overhead(config, Dataset.open(str(demo_shards)), rounds=5, num_steps=4)
-    print(found)
-    # measured: 0.03; of a step a quarter as long as the demo's, so that the loop weighs more
+    found = overhead(config, Dataset.open(str(demo_shards)), rounds=5, num_steps=3)
+    # Of a step a quarter as long as the demo's, so that the loop weighs more than there.
     assert found.cores < 0.25
 
 
