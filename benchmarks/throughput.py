@@ -43,7 +43,7 @@ def main() -> None:
     # Here and not above: loader processes import this file, and need no model.
     from magneto_dist.recipe import open_data
     from magneto_dist.training.session import Session
-    from throughput_stages import measure
+    from throughput_measure import measure
 
     session = Session(config.train, config.optim.clip_norm)
     with tempfile.TemporaryDirectory() as temporary:
@@ -125,7 +125,8 @@ def _make(folder: Path, config: Config, given: argparse.Namespace) -> None:
 
 
 def _tell(found: dict[str, Any], given: argparse.Namespace) -> None:
-    from throughput_card import Measured, card, markdown, plot, summary
+    from throughput_card import card, markdown, plot, summary
+    from throughput_rules import Measured
 
     cores = len(os.sched_getaffinity(0))
     title = f"Throughput of {given.config.stem}, data {Path(given.data).name}"
