@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields, replace
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from magneto_dist.batch import Batch
 from magneto_dist.config import Config, TrainConfig
 from magneto_dist.loss import count_for_loss, ets_loss
-from magneto_dist.model.norm import reset_batch_norm_statistics
+from magneto_dist.model.magneto import build_model
 
+_ROWS = 4
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 PEAKS: dict[str, dict[str, float]] = {
     # TFLOP/s, dense, float32 accumulation. NVIDIA Turing architecture whitepaper, appendix A.
@@ -57,18 +59,21 @@ def matrix_product_rate(device: torch.device, kind: str) -> float:
     return 2 * size**3 / median(seconds[1:])
 
 
-def flops_per_image(model: nn.Module, batch: Batch, config: Config) -> float:
+def flops_per_image(batch: Batch, config: Config, num_tags: int) -> float:
     """Of a forward and backward pass: matrix products, convolutions and attention alone.
 
+    Counted on the CPU, on a few rows and a model of its own, as the same work is done everywhere.
+
     Args:
-        model: not wrapped; its gradients and batch-norm sums are cleared.
-        batch: on the model's device.
-        config: of the loss.
+        batch: any, on CPU; its first rows are used.
+        config: of model and loss.
+        num_tags: of the vocabulary.
     """
-    counter = FlopCounterMode(display=False)
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    few = {name: t[:_ROWS].cpu() for name, t in tensors.items() if isinstance(t, Tensor)}
+    batch = replace(batch, **few)
+    model, counter = build_model(config.model, num_tags), FlopCounterMode(display=False)
     with counter:
         loss = ets_loss(model(**batch.inputs()), batch, count_for_loss(batch), config.loss).total
         loss.backward()
-    model.zero_grad()
-    reset_batch_norm_statistics(model)
     return counter.get_total_flops() / len(batch.sample_valid)

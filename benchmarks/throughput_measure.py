@@ -61,7 +61,9 @@ def measure(
         runs = _chosen(stages.all(), only)
         ledger = _Ledger(session, runs, round_s)
         timings = compare_measured(ledger.calls(), 1, rounds, shows_bar=session.is_main)
-        computing = _computing(stages) if "forward+backward" in runs else {}
+        peak_memory_gb = _peak_memory(session)
+        num_tags = len(dataset.vocabulary)
+        computing = _computing(stages, num_tags) if "forward+backward" in runs else {}
         return {
             **_setting(config, session, plan, loader),
             **computing,
@@ -75,7 +77,7 @@ def measure(
             "cores_got": ledger.cores_got(),
             "data_wait": median(ledger.waiting["whole"][1:]) if "whole" in runs else None,
             "slots_used": _mean([batch.tag_mask for step in stages.fixed for batch in step]),
-            "peak_memory_gb": _peak_memory(session),
+            "peak_memory_gb": peak_memory_gb,
             "timings": [asdict(timing) for timing in timings],
         }
 
@@ -157,14 +159,13 @@ def _setting(config: Config, session: Session, plan: BatchPlan, loader: Loader) 
     }
 
 
-def _computing(stages: Stages) -> dict[str, Any]:
+def _computing(stages: Stages, num_tags: int) -> dict[str, Any]:
     """FLOP of an image, and FLOP/s that this device has for them, on each rank."""
     device, config = stages.session.device, stages.config
     kind = arithmetic(config.train)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    model = stages.session.unwrap(stages.job.model)
     return {
-        "flop_per_image": flops_per_image(model, stages.fixed[0][0].to(device), config),
+        "flop_per_image": flops_per_image(stages.fixed[0][0], config, num_tags),
         "published_flop_per_s": published_peak(name, kind),
         "matrix_product_flop_per_s": matrix_product_rate(device, kind),
     }

@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch.distributed as dist
 
 from harness import now
 from magneto_dist.batch import Batch
-from magneto_dist.data.decode_cpu import CpuDecoder, decode_image
+from magneto_dist.data.augment import Augmentation
+from magneto_dist.data.decode_cpu import CpuDecoder, check_image_decodes, decode_image
 from magneto_dist.data.encoded_images import encoded_images
 from magneto_dist.data.micro_batch import MicroBatches
 from magneto_dist.data.order import micro_batch_sample_ids
+from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.workers import cores_per_rank
 from magneto_dist.errors import InputError
@@ -58,10 +61,10 @@ class Stages:
         self._decoder, self._dataset = job.loader.decoder, dataset
         self._rounds = Rounds(job, WARM_STEPS)
         plan = job.plan
-        self._images_per_step = plan.global_batch_size / plan.num_ranks
         made = job.loader.batches(1, FIXED_STEPS)
         self.fixed = [list(itertools.islice(made, plan.micro_steps)) for _ in range(FIXED_STEPS)]
         """Micro-batches of some steps, as they come from the loader."""
+        self._images_per_step = sum(_items(b) for step in self.fixed for b in step) / FIXED_STEPS
 
     def all(self) -> dict[str, Run]:
         """By name: all together first, then what a loader does, then what training does."""
@@ -101,17 +104,14 @@ class Stages:
             for _ in itertools.islice(batches, num_warm):
                 pass
             start = now(self.session.device)
-            for _ in itertools.islice(batches, num_steps * micro_steps):
-                pass
+            images = sum(map(_items, itertools.islice(batches, num_steps * micro_steps)))
             end = now(self.session.device)
-        images = num_steps * self._images_per_step
         return Taken(end.wall_s - start.wall_s, end.core_s - start.core_s, 0.0, images)
 
     # What a loader does -------------------------------------------------------------------------
 
     def _stages_of_loader(self) -> dict[str, Run]:
         micro = self._micro_batches()
-        rows = self.job.plan.micro_batch_size
         per_epoch = self.job.plan.steps_per_epoch(micro.order.num_samples)
 
         def encode(number: int) -> Any:
@@ -120,13 +120,13 @@ class Stages:
             ids = micro_batch_sample_ids(micro.order, self.job.plan, epoch, step, rank, 0)
             return micro.encode(ids, step=number + 1, micro_step=0, epoch=epoch)
 
-        stages = {"read": self._repeat(encode, rows)}
+        encoded = encode(0)
+        stages = {"read": self._repeat(encode, _items(encoded.batch))}
         if self._decoder == "none":
             return stages
-        encoded = encode(0)
-        images = encoded.images[:MOST_PICTURES]
-        augmentations = encoded.augmentations[:MOST_PICTURES]
         cpu = CpuDecoder(self.config.augment.image_size, self.config.data.max_image_megapixels)
+        pairs = zip(encoded.images, encoded.augmentations, strict=True)
+        images, augmentations = zip(*_sound(pairs, cpu.max_megapixels), strict=True)
         if self._decoder.startswith("dali"):
             decode = self._dali(cpu)
             stages["prepare"] = self._repeat(
@@ -226,3 +226,25 @@ class Stages:
                 dist.all_reduce(bucket)
 
         return reduce
+
+
+def _items(batch: Batch) -> int:
+    return int(batch.sample_valid.sum())
+
+
+def _sound(
+    pairs: Iterable[tuple[bytes, Augmentation]], max_megapixels: float
+) -> list[tuple[bytes, Augmentation]]:
+    """Some pictures that decode; a batch may have damaged ones, and rows without any."""
+    found = []
+    for content, augmentation in pairs:
+        with contextlib.suppress(BadSample):
+            check_image_decodes(content, max_megapixels)
+            found.append((content, augmentation))
+        if len(found) == MOST_PICTURES:
+            break
+    if not found:
+        raise InputError(
+            "no picture of the first micro-batch decodes: `launchers/shards.py verify` says why"
+        )
+    return found
