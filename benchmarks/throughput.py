@@ -42,17 +42,19 @@ def main() -> None:
     config = _config(given, overrides)
     # Here and not above: loader processes import this file, and need no model.
     from magneto_dist.recipe import open_data
+    from magneto_dist.training.process import die_with_launcher
     from magneto_dist.training.session import Session
     from throughput_measure import measure
 
+    die_with_launcher()
     session = Session(config.train, config.optim.clip_norm)
     with tempfile.TemporaryDirectory() as temporary:
-        # Of the first rank, as all must have the same.
-        work = Path(session.from_main(lambda: str(given.folder or temporary)))
-        path = {"demo": None, "synthetic": str(work / "synthetic")}.get(given.data, given.data)
+        work = Path(session.from_main(lambda: temporary))  # all must have the same
+        made = (given.folder or work) / "synthetic"
+        path = {"demo": None, "synthetic": str(made)}.get(given.data, given.data)
         config = replace(config, data=replace(config.data, path=path))
         if given.data == "synthetic":
-            session.from_main(lambda: _make(work / "synthetic", config, given))
+            session.from_main(lambda: _make(made, config, given))
         dataset = session.on_all(lambda: open_data(config))
         found = measure(
             config,

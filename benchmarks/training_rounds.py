@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stderr
@@ -111,7 +112,7 @@ def training_job(
             plan=plan,
             telemetry=log,
             whereabouts=whereabouts,
-            stop=StopRequest(),
+            stop=_nobody_stops(),
             average=average,
             evaluate=lambda step: {},
             checkpoints=checkpoints,
@@ -227,6 +228,15 @@ class _Watched:
         """Called by the loop after its last step, in place of an evaluation."""
         self._end = now(self._device)
         return {"loss": 0.0, "final": {"paper": {"f1": 0.0}}}
+
+
+def _nobody_stops() -> StopRequest:
+    """Of a run; a signal ends the benchmark, as it ends any script."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    stop = StopRequest()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return stop
 
 
 def _autocast(config: Config) -> dict[str, Any]:
