@@ -49,6 +49,8 @@ def main() -> None:
     if not given.other_hardware:
         require_same_hardware(before, after)
     differences = compare_results(before, after, given.least / 100)
+    if before.get("question") != after.get("question"):
+        print(f"they answer {before.get('question')!r} and {after.get('question')!r}")
     width = max(len(difference.name) for difference in differences)
     for d in differences:
         numbers = f"{d.before_per_s:10.1f} {d.after_per_s:10.1f}  {d.ratio:6.3f}"

@@ -122,7 +122,9 @@ def _measure(world: World, given: argparse.Namespace, overrides: Sequence[str]) 
         check=False,
     )
     if done.returncode != 0:
-        raise InputError(f"torchrun of {world.ranks} processes failed: {done.stderr[-1500:]}")
+        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        reason = said[0].removeprefix("error: ") if said else done.stderr[-3000:]
+        raise InputError(f"torchrun of {world.ranks} processes failed: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -245,6 +245,7 @@ def _sound(
             break
     if not found:
         raise InputError(
-            "no picture of the first micro-batch decodes: `launchers/shards.py verify` says why"
+            "a rank has no picture that decodes in its first micro-batch: take a smaller"
+            " --train.global_batch_size or more items, or ask `launchers/shards.py verify`"
         )
     return found

@@ -49,11 +49,12 @@ def main() -> None:
     config = parse_command_line(str(__doc__), given.config, argv)
     dataset = Dataset.open(config.data.path or str(ensure_demo()))
     found = overhead(config, dataset, given.rounds, given.steps)
-    size = config.train.global_batch_size
+    bare, loop = found.timings
+    note = f"{found.wall:+.1%} time, {found.cores:+.1%} CPU time"
+    question = f"the loop of {given.config.stem} over a bare one, batch"
     report(
-        f"the loop of {given.config.name}, batch {size}, takes {found.wall:+.1%} over a bare one"
-        f" ({found.cores:+.1%} CPU time)",
-        found.timings,
+        f"{question} {config.train.global_batch_size}",
+        [bare, replace(loop, note=note)],
         given.out,
     )
 

@@ -286,7 +286,7 @@ def test_unknown_stages_are_an_error(monkeypatch):
 def test_a_scaling_series_starts_its_ranks():
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "throughput.py"), *TINY]
     done = subprocess.run(
-        [*command, "--picture", "64x64", "--scaling", "2"],
+        [*command, "--picture", "64x64", "--items", "32", "--scaling", "2"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
