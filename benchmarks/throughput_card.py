@@ -77,9 +77,9 @@ def markdown(measured: Measured, said: Mapping[str, Any], title: str, picture: s
                 for line in (*_said(said), f"peak memory {memory}", *_warning(measured))
             ),
             "",
-            f"**Bottleneck: {said['bottleneck']}.** {said['because'].capitalize()}. Try:",
+            f"**Bottleneck: {said['bottleneck']}** ({said['because']}). Try:",
             "",
-            *(f"- `{setting}`" for setting in said["try"]),
+            *(f"- {setting}" for setting in said["try"]),
             "",
             f"![Stages]({picture})",
             "",
