@@ -15,10 +15,11 @@ from torchvision import models
 import reproduce_nus_wide
 from magneto_dist.errors import InputError
 from processes import TINY, launch
-from reproduce_grid import EXPERIMENTS, RUNS
+from reproduce_nus_wide_grid import NUS_WIDE
 from reproduce_results import Spread, verdict_of
 from reproduce_runs import Job, Setup, jobs_of
 
+EXPERIMENTS, RUNS = NUS_WIDE.experiments, NUS_WIDE.runs
 TINY_GRID = [
     *TINY,
     "--model.backbone=squeezenet1_1",  # 5 MB
@@ -79,7 +80,7 @@ TABLE3 = {  # (beta, pre-trained): outlier %, F1
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     folder = tmp_path_factory.mktemp("setup")
-    return Setup(folder / "work", folder / "data", {}, (), seeds=(0, 1), outliers=1)
+    return Setup(NUS_WIDE, folder / "work", folder / "data", {}, (), seeds=(0, 1), outliers=1)
 
 
 def test_grid_is_what_the_paper_has(setup):
@@ -215,7 +216,7 @@ def test_report_holds_every_table_and_figure_and_needs_no_network(report):
         assert f"<h2>{heading}: " in page
         assert f"\n## {heading}: " in text
     sources = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', page)
-    assert len(sources) == 3 + 6  # figures, and the pictures of Table 4
+    assert len(sources) == 1 + 2 + 3 + 6  # panels of figures, and the pictures of Table 4
     assert all(source.startswith("data:image/") for source in sources)
     assert "@import" not in page
     assert "url(" not in page
@@ -249,7 +250,7 @@ def test_report_says_what_the_runs_say(report):
         expected = "one seed: not told" if difference > 0 else "does not show"
         assert claim["verdict"] == expected
         row = next(line for line in text.splitlines() if claim["claim"]["text"] in line)
-        assert row.endswith(f"| {expected} |")
+        assert row.startswith(f"| {claim['claim']['text']} | {expected} |")
     predicted = (runs / "magneto" / "seed-0" / "predictions.jsonl").read_text().splitlines()
     alpha = torch.tensor([a for line in predicted for a in json.loads(line)["alpha"]])
     found = saved["runs"]["magneto"][0]
