@@ -197,9 +197,9 @@ def _introduction(setup: Setup, dataset: Dataset, smoke: bool) -> list[str]:
     sizes = " and ".join(
         f"{dataset.num_samples(split):,} {split} items" for split in sorted(dataset.splits)
     )
-    seeds = ", ".join(map(str, setup.seeds))
+    seeds = ("seed " if len(setup.seeds) == 1 else "seeds ") + ", ".join(map(str, setup.seeds))
     added = "1 tag" if setup.outliers == 1 else f"{setup.outliers} tags"
-    what = f"{sizes}; seeds {seeds}; {added} added to an item where outliers are counted."
+    what = f"{sizes}; {seeds}; {added} added to an item where outliers are counted."
     if not smoke:
         return [what]
     return [

@@ -85,6 +85,7 @@ def _draw_numbers(axes: Any, label: str, by_split: Mapping[str, Sequence[int]]) 
     for split, values in by_split.items():
         axes.plot(*zip(*sorted(Counter(values).items()), strict=True), marker=".", label=split)
     axes.set(xlabel=label, ylabel="items")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
 
 
@@ -112,6 +113,7 @@ def _draw_curves(
                 steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0
             )
     axes.set(xlabel="step", ylabel=curves.label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if "alpha" in curves.lines:
         axes.set_ylim(0, 1)
     axes.legend()
@@ -152,7 +154,7 @@ def _draw_bars(
     axes.bar(places + 0.2, middles, 0.4, yerr=ranges, capsize=3, label="paper", color="lightgrey")
     axes.set_xticks(places, titles, fontsize=7)
     axes.set_ylabel(METRICS[name].heading)
-    axes.legend()
+    axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))  # above all bars
 
 
 def _figure(experiment: Experiment, panels: Mapping[str, Draw], caption: str) -> Figure:

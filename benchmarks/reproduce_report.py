@@ -169,6 +169,23 @@ def _items(experiment: Experiment, material: Material) -> list[Block]:
     ]
 
 
+_HOW = {
+    "f1": "Precision, recall and F1 are item-wise by the paper's protocol, at the evaluation with"
+    " the best F1, on the split that it was chosen on (the paper speaks of no third one), so that"
+    " all are a little too good.",
+    "image_f1": "F1 of a stream: its own output, beside the gated one, at the same evaluation.",
+    "f1_on_the_way": "“Mean over evaluations” is the mean F1 of all evaluations of a run: higher"
+    " where it converges faster.",
+    "alpha": "α is the weight of the picture in a tag, over all tags of the validation split; its"
+    " unrest is the standard deviation of the mean α of the logged training batches in the first"
+    " quarter of the steps.",
+    "outlier": "Outlier % is the share of items to which tags were added of which at least one is"
+    " predicted; the added tags of an item come from the run's seed, and are the same for all runs"
+    " of a seed.",
+}
+"""By the metric that it is about."""
+
+
 def _how(material: Material) -> list[Block]:
     rows = []
     runs = material.study.runs
@@ -183,19 +200,14 @@ def _how(material: Material) -> list[Block]:
     assert isinstance(versions, Mapping)
     made.append(["versions", ", ".join(f"{name} {v}" for name, v in versions.items())])
     commands = [[runs[run].title, command] for run, command in material.commands.items()]
+    told = {metric for experiment in material.experiments for metric in experiment.metrics}
     return [
         Heading("How the numbers are taken"),
-        "Precision, recall and F1 are item-wise by the paper's protocol, at the evaluation with the"
-        " best F1, on the split that it was chosen on (the paper speaks of no third one), so that"
-        " all are a little too good. F1 of a stream: its own output, beside the gated one. “Mean"
-        " over evaluations” is the mean F1 of all evaluations of a run: higher where it converges"
-        " faster. α is the weight of the picture in a tag, over all tags of the validation split;"
-        " its unrest is the standard deviation of the mean α of the logged training batches in the"
-        " first quarter of the steps. Outlier % is the share of items to which tags were added of"
-        " which at least one is predicted; the added tags of an item come from the run's seed, and"
-        " are the same for all runs of a seed.",
+        " ".join(text for metric, text in _HOW.items() if metric in told),
         Heading("Runs"),
-        Table(["Run", "steps", "items/s", "s since its last start, all seeds", "commit"], rows),
+        "The seconds of a run are those since it was last started; what was stopped before is not"
+        " in them.",
+        Table(["Run", "steps", "items/s", "s, all seeds", "commit"], rows),
         Table(["Run", "command, first seed"], commands),
         Heading("Made by"),
         Table(["", ""], made),

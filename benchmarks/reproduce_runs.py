@@ -51,6 +51,11 @@ class Job:
     config: Config | None = None
     """Of a training run; `leaves` is then its status.json, which has to say that it is done."""
 
+    @property
+    def provenance(self) -> Path:
+        """Of a training run: what made it; the last file to come."""
+        return self.leaves.with_name("provenance.json")
+
     def is_done(self) -> bool:
         """Whether nothing is left to do.
 
@@ -62,6 +67,12 @@ class Job:
         held = self.leaves.with_name("config.yaml")
         if held.exists():
             _require_same(yaml.safe_load(held.read_text(encoding="utf-8")), self.config, held)
+        return self.has_ended_well() and self.provenance.exists()
+
+    def has_ended_well(self) -> bool:
+        """Whether its launcher has left what it should."""
+        if self.config is None:
+            return self.leaves.exists()
         return self.leaves.exists() and json.loads(self.leaves.read_bytes())["state"] == "done"
 
 
@@ -192,7 +203,8 @@ def run_all(
         jobs: in order.
         run: starts a job's launcher, which writes to the given log; returns its exit code.
         work: logs go to `work/logs`.
-        made_by: provenance; kept beside each training run that is done, with its seconds.
+        made_by: provenance; kept beside each training run that is done, with the seconds since it
+            was last started.
 
     Raises:
         InputError: a job failed, or a folder holds something else.
@@ -210,16 +222,19 @@ def run_all(
             _require_success(job, code, log)
             if job.config is not None:
                 kept = {**made_by, "wall_s": time.perf_counter() - started_at_s}
-                path = job.leaves.with_name("provenance.json")
-                write_atomically(path, json.dumps(kept, indent=1).encode())
+                write_atomically(job.provenance, json.dumps(kept, indent=1).encode())
             bar.update()
 
 
 class Processes:
-    """Runs launchers, each in a fork of one process that has imported what they import."""
+    """Runs launchers, each in a fork of one process that has imported what they import.
 
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
+    Args:
+        start_method: "fork": that is this one.
+    """
+
+    def __init__(self, start_method: str = "forkserver") -> None:
+        self._context: Any = multiprocessing.get_context(start_method)
         self._context.set_forkserver_preload(PRELOAD)
 
     def __call__(self, job: Job, log: Path) -> int:
@@ -260,7 +275,7 @@ def _stop_with_parent() -> None:
 
 
 def _require_success(job: Job, code: int, log: Path) -> None:
-    if code == 0 and job.is_done():
+    if code == 0 and job.has_ended_well():
         return
     if code in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
         raise KeyboardInterrupt
