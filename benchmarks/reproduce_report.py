@@ -57,7 +57,9 @@ def build(material: Material) -> list[Block]:
         blocks += _section(experiment, material)
         if experiment.note:
             blocks.append(experiment.note)
-    return [*blocks, *_how(material)]
+    if material.results:
+        blocks += _how(material)
+    return [*blocks, *_made_by(material.provenance)]
 
 
 def _claims(study: Study, verdicts: Sequence[Verdict]) -> list[Block]:
@@ -187,18 +189,13 @@ _HOW = {
 
 
 def _how(material: Material) -> list[Block]:
-    rows = []
-    runs = material.study.runs
+    runs, rows = material.study.runs, []
     for run, results in material.results.items():
         speed = fmean(float(str(r.summary["images_per_second"])) for r in results)
         wall = sum(float(str(r.summary["wall_s"])) for r in results)
         commits = ", ".join(sorted({str(r.summary["commit"]) for r in results}))
         steps = str(results[0].summary["step"])
         rows.append([runs[run].title, steps, f"{speed:.0f}", f"{wall:.0f}", commits])
-    made = [[name, str(value)] for name, value in material.provenance.items() if name != "versions"]
-    versions = material.provenance["versions"]
-    assert isinstance(versions, Mapping)
-    made.append(["versions", ", ".join(f"{name} {v}" for name, v in versions.items())])
     commands = [[runs[run].title, command] for run, command in material.commands.items()]
     told = {metric for experiment in material.experiments for metric in experiment.metrics}
     return [
@@ -209,9 +206,15 @@ def _how(material: Material) -> list[Block]:
         " in them.",
         Table(["Run", "steps", "items/s", "s, all seeds", "commit"], rows),
         Table(["Run", "command, first seed"], commands),
-        Heading("Made by"),
-        Table(["", ""], made),
     ]
+
+
+def _made_by(provenance: Mapping[str, object]) -> list[Block]:
+    made = {**provenance}
+    versions = made["versions"]
+    assert isinstance(versions, Mapping)
+    made["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return [Heading("Made by"), Table(["", ""], [[name, str(v)] for name, v in made.items()])]
 
 
 def write(folder: Path, blocks: Sequence[Block], commands: Iterable[str]) -> None:

@@ -150,6 +150,18 @@ def test_page_is_whole_and_asks_nothing_of_a_network(report):
     assert str(report.parent.parent) not in page
 
 
+def test_a_data_set_alone_is_told_of_without_any_run(tmp_path):
+    demo.build(tmp_path / "data", items=8, num_processes=1)
+    words = ["--data", str(tmp_path / "data"), "--work", str(tmp_path / "w")]
+    reproduce_ls.main([*words, "--experiments", "data"], Launches(most=0))
+    text = (tmp_path / "w" / "report" / "report.md").read_text("utf-8")
+    assert "| items | 10 | 700,000 | -699,990 |" in text
+    assert re.findall("^## (.*)", text, re.MULTILINE) == [
+        "Section 4.1: The large data set",
+        "Made by",
+    ]
+
+
 def test_figure9_has_a_line_for_each_output():
     curves = {name: ([1, 2], [1.0, 2.0]) for name in ("f1", "image_f1", "tag_f1")}
     drawn = []
