@@ -103,7 +103,7 @@ def _html_block(block: Block, classes: Mapping[str, str]) -> str:
             lines = ("".join(_html_cell(cell, classes) for cell in row) for row in rows)
             body = "\n".join(f"<tr>{line}</tr>" for line in lines)
             table = f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
-            return f'<div class="scroll">{table}</div>'
+            return f'<div class="scroll" tabindex="0">{table}</div>'
         case _:
             return f"<p>{escape(block)}</p>"
 
