@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,12 @@ from magneto_dist.training.loop import Job, train
 from magneto_dist.training.optim import Schedule, build_optimizer
 from magneto_dist.training.preflight import check_agreement, require_checkpoint_space
 from magneto_dist.training.process import StopRequest, die_with_launcher
-from magneto_dist.training.resume import checkpoint_to_resume, fingerprint, initialise_from
+from magneto_dist.training.resume import (
+    checkpoint_to_resume,
+    fingerprint,
+    initialise_from,
+    settle_frozen_precision,
+)
 from magneto_dist.training.run_folder import RunFolder
 from magneto_dist.training.session import Session
 from magneto_dist.training.telemetry import Telemetry
@@ -118,6 +124,7 @@ def _train_in_folder(
     dataset = session.on_all(lambda: _open_data(config))
     whereabouts.at("start")
     checkpoint = session.from_main(lambda: checkpoint_to_resume(config, dataset))
+    config = session.from_main(partial(settle_frozen_precision, config, checkpoint))
     whereabouts.at("start")
     start = session.on_all(lambda: read_progress(checkpoint) if checkpoint else Progress())
     plan = _plan(config, session, start)
