@@ -85,7 +85,7 @@ def _forward(rounds: int) -> list[Timing]:
         return plain.stages(pixels * plain.scale + plain.shift)  # type: ignore[operator]
 
     ways: dict[str, Callable[[], object]] = {"float32, not folded": unfolded}
-    for precision, name in (("no", "float32"), ("bf16", "bf16")):
+    for precision, name in zip(PRECISIONS, ("float32", "bf16"), strict=True):
         ways[f"{name}, folded"] = partial(backbone(precision, torch.contiguous_format), pixels)
         ways[f"{name}, folded, channels last"] = partial(
             backbone(precision, torch.channels_last), pixels
