@@ -30,6 +30,7 @@ from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.model.backbone import Backbone
+from magneto_dist.model.encoder import pack_tags
 from magneto_dist.model.image_stream import region_features
 from magneto_dist.model.magneto import build_model
 from magneto_dist.training.feature_cache import cached_features
@@ -90,6 +91,7 @@ def split_of_ours(folder: Path, steps: int, *, cached: bool) -> Split:
     torch.manual_seed(0)
     model = build_model(config.model, len(dataset.vocabulary))
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    pack_tags(model)  # as training does
     features = None
     if cached:
         made = cached_features(config, session, dataset, "cpu", model, bool, Whereabouts())

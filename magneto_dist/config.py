@@ -69,9 +69,10 @@ class TagsConfig:
     irrelevant_ratio: float = 0.5
     """Pre-training: irrelevant tags added, as a fraction of the item's tags (at least one tag)."""
     trim_padding: bool = False
-    """Compute on as many slots as the longest tag list of a micro-batch has, and not on `max_tags`:
-    faster where most lists are short. Rounding then depends on how a batch is cut over ranks. No
-    effect under train.compile, which wants one shape."""
+    """Compute on as many slots as the longest tag list of a micro-batch has, and not on `max_tags`;
+    the encoders, on a CPU, on the tags alone: faster where most lists are short. Rounding then
+    depends on how a batch is cut over ranks. No effect under train.compile, which wants one
+    shape."""
 
     def __post_init__(self) -> None:
         _require(self.max_tags >= 1, "tags.max_tags", self.max_tags, "at least 1")

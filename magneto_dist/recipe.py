@@ -34,6 +34,7 @@ from magneto_dist.errors import InputError, PreemptedError
 from magneto_dist.evaluation import collecting_rejects, evaluate_model
 from magneto_dist.model.backbone import recompute_activations
 from magneto_dist.model.embedding import load_tag_embedding
+from magneto_dist.model.encoder import pack_tags
 from magneto_dist.model.magneto import build_model
 from magneto_dist.report import examples_figure, final_table
 from magneto_dist.training.checkpoint import (
@@ -168,6 +169,8 @@ def _train_in_folder(
             dataset, "train", config, session.world, plan, training=True, features=features.train
         )
         whereabouts.at("start")
+    if config.tags.trim_padding and not config.train.compile and session.is_plain:
+        pack_tags(model)
     schedule = Schedule(config.optim, total_steps)
     wrapped, optimizer = session.prepare(model, build_optimizer(model, config.optim), plan)
     if checkpoint:
