@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from magneto_dist.config_io import load_config
+from magneto_dist.export import load_exported
 from magneto_dist.model.folding import fast_precision
 from magneto_dist.trained_run import load_run
 from processes import TINY, losses, run, summary
@@ -82,3 +83,18 @@ def test_it_compiles(demo_shards: Path, tmp_path: Path) -> None:
         run("train_ls.py", *options(demo_shards, tmp_path / name, f"--train.compile={compiles}",
                                     "--max_steps=2", "--model.dropout=0"))  # fmt: skip
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-2)
+
+
+@pytest.mark.slow
+def test_it_is_exported(demo_shards: Path, tmp_path: Path) -> None:
+    """As it was trained for torch; in float32 for ONNX Runtime."""
+    run("train_ls.py", *options(demo_shards, tmp_path / "run", "--max_steps=1"))
+    run("export.py", f"--run={tmp_path / 'run'}", f"--out={tmp_path / 'out'}", "--onnx")
+    ours, theirs = load_exported(tmp_path / "out"), load_run(tmp_path / "run")
+    assert ours.config.model.frozen_precision == "bf16"
+    ids = torch.arange(10).reshape(2, 5)
+    mask = ids < 8
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        left, right = ours.model(ids, mask, pixels), theirs.model(ids, mask, pixels)
+    assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
