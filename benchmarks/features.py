@@ -68,8 +68,8 @@ def main() -> None:
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         demo.build(Path(folder, "demo"), given.items)
-        nus_wide = _config("nuswide.yaml", Path(folder), given.epochs, backbone_weights="none")
-        config = _config(
+        nus_wide = demo_config("nuswide.yaml", Path(folder), given.epochs, backbone_weights="none")
+        config = demo_config(
             "demo.yaml",
             Path(folder),
             given.epochs,
@@ -92,7 +92,8 @@ def main() -> None:
         save(given.out, {**measured, "f1_by_views_and_seed": runs, "settings": settings})
 
 
-def _config(name: str, folder: Path, epochs: int, **model: Any) -> Config:
+def demo_config(name: str, folder: Path, epochs: int, **model: Any) -> Config:
+    """A shipped configuration for the demo in `folder`, its backbone frozen whole."""
     config = load_config(Path(__file__).parent.parent / "configs" / name)
     return replace(
         config,
@@ -163,14 +164,17 @@ def _epoch(
 
 def _f1(config: Config, views: int, seeds: int) -> list[float]:
     """Of the gated output, by the paper's protocol, one for each seed."""
-    found = []
-    for seed in range(seeds):
-        output_dir = f"{config.output_dir}/{views}-{seed}"
-        data = replace(config.data, feature_views=views)
-        run_training(replace(config, data=data, seed=seed, output_dir=output_dir))
-        summary = json.loads(Path(output_dir, "summary.json").read_text())
-        found.append(summary["validation"]["final"]["paper"]["f1"])
-    return found
+    data, folder = replace(config.data, feature_views=views), f"{config.output_dir}/{views}"
+    config = replace(config, data=data, output_dir=folder)
+    return [f1_after_training(config, seed) for seed in range(seeds)]
+
+
+def f1_after_training(config: Config, seed: int) -> float:
+    """Of the gated output, by the paper's protocol, in a subfolder of `config.output_dir`."""
+    output_dir = f"{config.output_dir}/{seed}"
+    run_training(replace(config, seed=seed, output_dir=output_dir))
+    summary = json.loads(Path(output_dir, "summary.json").read_text())
+    return summary["validation"]["final"]["paper"]["f1"]
 
 
 def _print(built: Built, timings: Sequence[Timing], f1: dict[int, list[float]]) -> None:

@@ -1,14 +1,13 @@
-"""How much faster than the paper's way is an epoch of its NUS-WIDE set-up?
+"""How much faster than the paper's way is an epoch of its NUS-WIDE set-up, and where does it go?
 
 python benchmarks/nus_wide_epoch.py --photos FOLDER_OF_JPEGS
 
-The paper's way, written from its text (section 4 and appendix A) as one would with torch alone:
-files decoded by Pillow and augmented by torchvision's first transforms, ResNet-18 frozen by
-`requires_grad` with its batch norms in training mode, float32, every item padded to 16 tags. Ours
-is `launchers/train_nuswide.py` as it is, live and with cached features (made before). All see the
-same pictures (500 x 375 pixels) and tags; most items have one tag or two. Each is tried with 1 and
-2 loader processes, for the cores are shared by loader and model; what counts is the better of them.
-The parts alone, in one process, say where the time goes.
+The paper's way is in `nus_wide_paper.py`. Ours is `launchers/train_nuswide.py` as it is, live and
+with cached features (made before). All see the same pictures (500 x 375 pixels) and tags; most
+items have one tag or two. Each is tried with 1 and 2 loader processes, and with 1 and 2 threads in
+the training process (OMP_NUM_THREADS), for the cores are shared by loader and model; what counts is
+the best of them. Then `nus_wide_split.py` takes each apart:
+core-seconds an image of each stage. Cores / their sum is what is attainable on this machine.
 
 Weights are random here: they cost the same.
 """
@@ -22,43 +21,49 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.data import DataLoader
-from torchvision.models import resnet18
+import psutil
 
-from harness import compare_measured, parser, report
-from loader import Setting, make_photographs, write_files
-from magneto_dist.batch import Prediction
-from magneto_dist.config import Config
-from magneto_dist.config_io import load_config
-from magneto_dist.data.loader import Loader
-from magneto_dist.data.order import BatchPlan
+from harness import compare_measured, parser, report, save
+from loader import make_photographs, write_files
 from magneto_dist.data.sample import Sample
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.writer import write_dataset
-from magneto_dist.loss import count_for_loss, ets_loss
-from magneto_dist.model.magneto import build_model
 from magneto_dist.vocabulary import Vocabulary
-from magneto_dist.world import World
-from other_loaders import PictureFiles
+from nus_wide_paper import (
+    BATCH,
+    NUM_CONCEPTS,
+    batches_of_paper,
+    forward_backward_of_paper,
+    important,
+    network_of_paper,
+    optimizer_of_paper,
+)
+from nus_wide_split import (
+    Split,
+    medians,
+    print_splits,
+    split_of_ours,
+    split_of_paper,
+    with_framework,
+)
 
 REPOSITORY = Path(__file__).parent.parent
-CONFIG = load_config(REPOSITORY / "configs" / "nuswide.yaml")
-BATCH = CONFIG.train.global_batch_size
-WARM_STEPS = 8
-NUM_CONCEPTS = 81
 CONCEPTS = tuple(f"concept-{number:02}" for number in range(NUM_CONCEPTS))
+PAPER, LIVE, CACHED = "the paper's way", "this system", "cached features"
+CACHED_EPOCHS = 4  # one would be over in a second
+_LOOK_S = 0.005
+
+Cost = dict[str, float]
+"""Of an image: `clock_s`, and `core_s` of the training process."""
 
 
 def main() -> None:
-    """Command line -> table, and a file with --out."""
+    """Command line -> tables, and a file with --out."""
     options = parser(__doc__)
     options.add_argument("--photos", type=Path, required=True, help="folder with *.jpg")
     options.add_argument("--items", type=int, default=1024, help="of an epoch (default: 1024)")
@@ -67,8 +72,10 @@ def main() -> None:
     options.add_argument("--workers", type=int, help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.alone:
-        print(WAYS[given.alone](given.folder, given.workers), flush=True)
+        print(json.dumps(ALONE[given.alone](given.folder, given.workers)), flush=True)
         os._exit(0)
+    if given.items < 4 * BATCH:
+        options.error(f"--items {given.items}: at least {4 * BATCH}, four batches")
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         _make(folder, given.photos, given.items)
@@ -76,40 +83,72 @@ def main() -> None:
 
 
 def _compare(folder: Path, given: argparse.Namespace) -> None:
-    ways = [(way, workers) for way in ("the paper's way", "this system") for workers in (1, 2)]
-    ways += [("cached features", 1), *((name, 0) for name in WAYS if "alone" in name)]
-    names = {f"{way}, {n} loader processes" if n else way: (way, n) for way, n in ways}
-    timings = compare_measured(
-        {name: lambda way=way: _start(*way, folder) for name, way in names.items()},
-        1,
-        given.rounds,
-    )
+    ways = [(way, *how) for way in (PAPER, LIVE) for how in ((1, 1), (2, 1), (1, 2))]
+    ways.append((CACHED, 1, 1))
+    names = {_name(*way): way for way in ways}
+    costs: dict[str, list[Cost]] = {name: [] for name in names}
+    splits: dict[str, list[Split]] = {way: [] for way in (PAPER, LIVE, CACHED)}
+
+    def measure(name: str) -> float:
+        costs[name].append(_start(*names[name], folder))
+        return costs[name][-1]["clock_s"]
+
+    timings = compare_measured({name: lambda n=name: measure(n) for name in names}, 1, given.rounds)
+    for _ in range(given.rounds):
+        for way, found in splits.items():
+            found.append(_start(f"{SPLIT}{way}", 1, 1, folder))
     best = {
-        way: max(t.per_s for t in timings if t.name.startswith(f"{way},"))
-        for way in ("the paper's way", "this system", "cached features")
+        way: max((t for t in timings if t.name.startswith(f"{way},")), key=lambda t: t.per_s)
+        for way in splits
     }
-    live, cached = (best[way] / best["the paper's way"] for way in list(best)[1:])
-    report(
+    # With one thread: several wait for each other by turning in circles, which is no work.
+    training_s = {way: medians(costs[_name(way, 1, 1)][1:])["core_s"] for way in splits}
+    whole = {way: with_framework(medians(each), training_s[way]) for way, each in splits.items()}
+    cores = len(os.sched_getaffinity(0))
+    attainable = {
+        way: {
+            "attainable, images/s": cores / sum(split.values()),
+            "reached, images/s": best[way].per_s,
+            "share": best[way].per_s * sum(split.values()) / cores,
+        }
+        for way, split in whole.items()
+    }
+    live, cached = (best[way].per_s / best[PAPER].per_s for way in (LIVE, CACHED))
+    question = (
         f"an epoch of NUS-WIDE's set-up: {live:.2f} times as fast as the paper's way, and"
-        f" {cached:.2f} times with cached features",
-        timings,
-        given.out,
+        f" {cached:.2f} times with cached features"
     )
+    report(question, timings, None)
+    print_splits(whole, attainable)
+    if given.out:
+        save(
+            given.out,
+            {
+                "question": question,
+                "timings": [asdict(timing) for timing in timings],
+                "core_s_an_image": whole,
+                "attainable": attainable,
+            },
+        )
 
 
-def _start(way: str, workers: int, folder: Path) -> float:
-    """Seconds an image, after warming up, in a process of its own with one thread."""
+def _name(way: str, workers: int, threads: int) -> str:
+    return f"{way}, loader processes: {workers}, threads: {threads}"
+
+
+def _start(way: str, workers: int, threads: int, folder: Path) -> dict[str, float]:
+    """What a way finds out, after warming up, in a process of its own."""
     command = [sys.executable, __file__, "--photos", ".", "--folder", str(folder), "--alone", way]
     done = subprocess.run(
         [*command, "--workers", str(workers)],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY)},
     )
     if done.returncode != 0:
         raise SystemExit(f"{way} failed: {done.stderr[-2000:]}")
-    return float(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # Pictures ---------------------------------------------------------------------------------------
@@ -129,7 +168,7 @@ def _make(folder: Path, photos: Path, num_items: int) -> None:
     }
     (folder / "tags.json").write_text(json.dumps(tags))
     rows = [
-        Sample(key, content, tuple(CONCEPTS[t] for t in tags[key]), _important(len(tags[key])))
+        Sample(key, content, tuple(CONCEPTS[t] for t in tags[key]), important(len(tags[key])))
         for key, content in photographs.items()
     ]
     write_dataset(
@@ -142,107 +181,37 @@ def _make(folder: Path, photos: Path, num_items: int) -> None:
     )
 
 
-def _important(num_tags: int) -> tuple[bool, ...]:
-    """Most tags of NUS-WIDE's items are important ones."""
-    return tuple(number != 1 for number in range(num_tags))
+def _steps(folder: Path) -> tuple[int, int]:
+    """Of an epoch; of those the first ones, which warm up."""
+    steps = Dataset.open(str(folder / "shards")).num_samples("train") // BATCH
+    return steps, min(8, steps // 2)
 
 
-# The paper's way --------------------------------------------------------------------------------
+# Whole ways -------------------------------------------------------------------------------------
 
 
-class Items(PictureFiles):
-    """Pictures with their tags, added and dropped (section 5.1), in 16 slots."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(Setting(folder, CONFIG.augment.image_size, True, BATCH, 0, ""))
-        tags = json.loads((folder / "tags.json").read_text())
-        self.tags = [tags[path.stem] for path in self.paths]
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Pixels, tag ids and targets."""
-        pairs = list(zip(self.tags[index], _important(len(self.tags[index])), strict=True))
-        dropped = np.random.randint(0, len(pairs) // 2 + 1)
-        for _ in range(dropped):
-            if rest := [pair for pair in pairs if not pair[1]]:
-                pairs.remove(rest[0])
-        added = np.random.choice(NUM_CONCEPTS, np.random.randint(0, len(pairs) // 2 + 1), False)
-        present = {tag for tag, _ in pairs}
-        pairs += [(tag, False) for tag in added.tolist() if tag not in present]
-        ids, targets = torch.full((16,), NUM_CONCEPTS), torch.zeros(16)
-        ids[: len(pairs)] = torch.tensor([tag for tag, _ in pairs])
-        targets[: len(pairs)] = torch.tensor([float(flag) for _, flag in pairs])
-        return super().__getitem__(index), ids, targets
+def _paper(folder: Path, workers: int) -> Cost:
+    steps, warm = _steps(folder)
+    network = network_of_paper()
+    optimizer = optimizer_of_paper(network)
+    for step, item in enumerate(batches_of_paper(folder, workers, steps), start=1):
+        forward_backward_of_paper(network, item)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == warm:
+            started_s, core_s = time.perf_counter(), time.process_time()
+    items = (steps - warm) * BATCH
+    return {
+        "clock_s": (time.perf_counter() - started_s) / items,
+        "core_s": (time.process_time() - core_s) / items,
+    }
 
 
-def _network() -> nn.Module:
-    """Figure 2 (d), the convolutional part as torchvision gives it."""
-    plain = replace(CONFIG.model, backbone_weights="none", projection_batch_norm="local")
-    network = build_model(plain, NUM_CONCEPTS)
-    backbone = nn.Sequential(*list(resnet18().children())[:-2])
-    network.image_stream.backbone = backbone.requires_grad_(False)
-    return network.train()
-
-
-def _loss(prediction: Prediction, targets: Tensor, mask: Tensor) -> Tensor:
-    """BCE and Dice of the mixture and of both streams (section 3.2)."""
-    total = torch.zeros(())
-    for head in prediction.heads:
-        p = prediction.probability(head) * mask
-        bce = functional.binary_cross_entropy(p, targets, reduction="none")
-        dice = 1 - (2 * (p * targets).sum(1) + 1) / (p.sum(1) + targets.sum(1) + 1)
-        total = total + (bce * mask).sum() / mask.sum() + dice.mean()
-    return total
-
-
-def _paper_step(network: nn.Module, optimizer: torch.optim.Optimizer, item: list[Tensor]) -> float:
-    pixels, ids, targets = item
-    mask = ids != NUM_CONCEPTS
-    loss = _loss(network(ids, mask, pixels), targets, mask)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
-def _paper_loader(folder: Path, workers: int) -> DataLoader:
-    items = Items(folder)
-    return DataLoader(items, BATCH, shuffle=True, num_workers=workers, drop_last=True)
-
-
-def _paper(folder: Path, workers: int) -> float:
-    network = _network()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    return _seconds_an_image(
-        _paper_step(network, optimizer, item) for item in _paper_loader(folder, workers)
-    )
-
-
-def _paper_model(folder: Path, workers: int) -> float:
-    network = _network()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    item = next(iter(_paper_loader(folder, workers)))
-    return _seconds_an_image(_paper_step(network, optimizer, item) for _ in range(24))
-
-
-def _paper_data(folder: Path, workers: int) -> float:
-    return _seconds_an_image(iter(_paper_loader(folder, workers)))
-
-
-# Ours -------------------------------------------------------------------------------------------
-
-
-def _config(folder: Path, workers: int) -> Config:
-    return replace(
-        CONFIG,
-        data=replace(CONFIG.data, path=str(folder / "shards"), num_workers=workers),
-        model=replace(CONFIG.model, backbone_weights="none"),
-    )
-
-
-def _ours(folder: Path, workers: int, *more: str) -> float:
-    num_steps = Dataset.open(str(folder / "shards")).num_samples("train") // BATCH
-    with tempfile.TemporaryDirectory() as run_dir:
-        subprocess.run(
+def _ours(folder: Path, workers: int, *more: str, epochs: int = 1) -> Cost:
+    steps, warm = _steps(folder)
+    steps = epochs * steps // warm * warm
+    with tempfile.TemporaryDirectory() as run_dir, tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
             [
                 sys.executable,
                 str(REPOSITORY / "launchers" / "train_nuswide.py"),
@@ -250,67 +219,51 @@ def _ours(folder: Path, workers: int, *more: str) -> float:
                 f"--data.num_workers={workers}",
                 "--model.backbone_weights=none",
                 f"--output_dir={run_dir}",
-                f"--max_steps={num_steps}",
-                f"--log.every_steps={WARM_STEPS}",
+                f"--max_steps={steps}",
+                f"--train.eval_every_epochs={epochs}",
+                f"--log.every_steps={warm}",
                 *more,
             ],
-            check=True,
-            capture_output=True,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
         )
-        lines = map(json.loads, (Path(run_dir) / "metrics.jsonl").read_text().splitlines())
+        path = Path(run_dir) / "metrics.jsonl"
+        before_s, after_s = (_core_s_when_logged(process, path, step) for step in (warm, steps))
+        if process.wait() != 0:
+            said.seek(0)
+            raise SystemExit(said.read()[-2000:])
+        lines = map(json.loads, path.read_text().splitlines())
         speeds = [line["images_per_second"] for line in lines if line["split"] == "train"]
-    return sum(1 / speed for speed in speeds[1:]) / len(speeds[1:])
+    items = (steps - warm) * BATCH
+    return {
+        "clock_s": sum(1 / speed for speed in speeds[1:]) / len(speeds[1:]),
+        "core_s": (after_s - before_s) / items,
+    }
 
 
-def _cached(folder: Path, workers: int) -> float:
-    cache = f"--data.cache_dir={folder / 'cache'}"
-    return _ours(folder, workers, "--data.feature_views=1", cache)
+def _core_s_when_logged(process: subprocess.Popen[bytes], path: Path, step: int) -> float:
+    """What the training process has taken when it logs a step; 0 if it ends before."""
+    while process.poll() is None:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            times = psutil.Process(process.pid).cpu_times()
+            return times.user + times.system
+        time.sleep(_LOOK_S)
+    return 0.0
 
 
-def _ours_model(folder: Path, workers: int) -> float:
-    loader, dataset = _our_loader(folder, workers)
-    batch = next(loader.batches(1, 1))
-    network = build_model(_config(folder, 0).model, len(dataset.vocabulary)).train()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-
-    def step() -> None:
-        total = ets_loss(network(**batch.inputs()), batch, count_for_loss(batch), CONFIG.loss).total
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-
-    return _seconds_an_image(step() for _ in range(24))
+def _cached(folder: Path, workers: int) -> Cost:
+    more = ["--data.feature_views=1", f"--data.cache_dir={folder / 'cache'}"]
+    return _ours(folder, workers, *more, epochs=CACHED_EPOCHS)
 
 
-def _ours_data(folder: Path, workers: int) -> float:
-    loader, _ = _our_loader(folder, workers)
-    return _seconds_an_image(loader.batches(1, loader.steps_per_epoch))
-
-
-def _our_loader(folder: Path, workers: int) -> tuple[Loader, Dataset]:
-    dataset = Dataset.open(str(folder / "shards"))
-    plan = BatchPlan.derive(BATCH, 1, BATCH, 1)
-    config = _config(folder, workers)
-    return Loader(dataset, "train", config, World(), plan, training=True), dataset
-
-
-def _seconds_an_image(steps: Iterator[object]) -> float:
-    """Time of what follows the first `WARM_STEPS`, each a batch."""
-    for _ in range(WARM_STEPS):
-        next(steps)
-    started_at_s = time.perf_counter()
-    num_steps = sum(1 for _ in steps)
-    return (time.perf_counter() - started_at_s) / (num_steps * BATCH)
-
-
-WAYS = {
-    "the paper's way": _paper,
-    "this system": _ours,
-    "cached features": _cached,
-    "the paper's data alone": _paper_data,
-    "our data alone": _ours_data,
-    "the paper's model alone": _paper_model,
-    "our model alone": _ours_model,
+SPLIT = "split of "
+ALONE: dict[str, Callable[[Path, int], dict[str, float]]] = {
+    PAPER: _paper,
+    LIVE: _ours,
+    CACHED: _cached,
+    SPLIT + PAPER: lambda folder, _: split_of_paper(folder, _steps(folder)[0]),
+    SPLIT + LIVE: lambda folder, _: split_of_ours(folder, _steps(folder)[0], cached=False),
+    SPLIT + CACHED: lambda folder, _: split_of_ours(folder, _steps(folder)[0], cached=True),
 }
 
 if __name__ == "__main__":

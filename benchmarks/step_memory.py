@@ -274,12 +274,11 @@ class BareSession(Session):
 class _Folded(FoldedStages):
     """Folded once; nothing changes here."""
 
-    def __init__(self, stages: Sequence[nn.Module]) -> None:
-        self._copy = fuse(nn.Sequential(*stages).eval())
+    def __init__(self, stages: Sequence[nn.Module], dtype: torch.dtype | None) -> None:
+        self._copy = fuse(nn.Sequential(*stages).eval()).to(dtype=dtype)
 
-    @torch.no_grad()
-    def __call__(self, stages: Sequence[nn.Module], x: Tensor) -> Tensor:
-        return self._copy(x)
+    def _folded(self, stages: Sequence[nn.Module], dtype: torch.dtype | None) -> nn.Module:
+        return self._copy
 
 
 def _ready_to_fake(config: Config, num_tags: int) -> nn.Module:
@@ -287,7 +286,7 @@ def _ready_to_fake(config: Config, num_tags: int) -> nn.Module:
     model = model_of(config, num_tags)
     for module in model.modules():
         if isinstance(module, Backbone) and not module.frozen_norms_drift:
-            module._folded = _Folded(module._frozen_stages())
+            module._folded = _Folded(module._frozen_stages(), module.frozen_dtype)
     return model
 
 

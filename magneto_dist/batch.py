@@ -71,6 +71,9 @@ class Batch:
     features: Float[Tensor, "batch region channel"] | None = None
     """What a frozen backbone makes of the pictures, float16 or bfloat16, zero in rows that are not
     valid; None: it was not computed before."""
+    num_slots: int | None = None
+    """Slots of a list before padding was trimmed (the paper's l), over which the published loss is
+    averaged; None: as many as there are."""
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch with its tensors on `device`, copied without blocking from pinned memory."""

@@ -16,6 +16,7 @@ from magneto_dist.errors import InputError
 ModelKind = Literal["magneto", "tf-it", "tf-t", "ff"]
 Decoder = Literal["auto", "cpu", "dali_cpu", "dali_gpu"]
 Precision = Literal["no", "fp16", "bf16"]
+FrozenPrecision = Literal["no", "fp16", "bf16", "auto"]
 FeatureDtype = Literal["fp16", "bf16"]
 CommHook = Literal["none", "fp16", "bf16", "power_sgd"]
 
@@ -68,9 +69,10 @@ class TagsConfig:
     irrelevant_ratio: float = 0.5
     """Pre-training: irrelevant tags added, as a fraction of the item's tags (at least one tag)."""
     trim_padding: bool = False
-    """Compute on as many slots as the longest tag list of a micro-batch has, and not on `max_tags`:
-    faster where most lists are short. Rounding then depends on how a batch is cut over ranks. No
-    effect under train.compile, which wants one shape."""
+    """Compute on as many slots as the longest tag list of a micro-batch has, and not on `max_tags`;
+    the encoders, on a CPU, on the tags alone: faster where most lists are short. Rounding then
+    depends on how a batch is cut over ranks. No effect under train.compile, which wants one
+    shape."""
 
     def __post_init__(self) -> None:
         _require(self.max_tags >= 1, "tags.max_tags", self.max_tags, "at least 1")
@@ -213,6 +215,12 @@ class ModelConfig:
     """Batch norms in the frozen stages; fixed: folded into the convolutions; drifting: in training
     they normalise by the batch (in ghost groups) and their running statistics move, as in the
     authors' code; scale and shift stay. Slower; to reproduce their numbers alone."""
+    frozen_precision: FrozenPrecision = "no"
+    """What the frozen stages compute in; no: as the rest (float32, or train.precision); fp16 (GPU)
+    and bf16: 16 bits for them alone, whose output goes on as before; auto: train.precision if that
+    is fp16 or bf16, else what the machine that begins the run is fast in (bf16 on GPUs from Ampere
+    on and CPUs with AVX512_BF16, fp16 on older GPUs with tensor cores, else no). Weights and
+    checkpoints stay as they are. Evaluation and prediction do as training did."""
     projection_batch_norm: Literal["ghost", "local", "sync"] = "ghost"
     """The batch norm after the 1x1 convolution."""
     batch_norm_group_size: int = 16
@@ -249,6 +257,20 @@ class ModelConfig:
             "model.frozen_stages",
             self.frozen_stages,
             '"all" or at least 0',
+        )
+        rounds = self.frozen_precision in ("fp16", "bf16")
+        _require(
+            not (rounds and self.frozen_stages == 0),
+            "model.frozen_precision",
+            self.frozen_precision,
+            "no or auto with --model.frozen_stages 0: nothing is frozen (--train.precision is for"
+            " what is trained)",
+        )
+        _require(
+            not (rounds and self.frozen_batch_norm == "drifting"),
+            "model.frozen_precision",
+            self.frozen_precision,
+            "no or auto with --model.frozen_batch_norm drifting, whose statistics move in float32",
         )
 
     @property
@@ -467,6 +489,13 @@ class Config:
             self.train.activation_checkpointing,
             f"false with --model.backbone_batch_norm {self.model.backbone_batch_norm}, whose"
             " statistics would move twice a step; take ghost or frozen",
+        )
+        _require(
+            self.train.param_dtype == "float32"
+            or self.model.frozen_precision not in ("fp16", "bf16"),
+            "model.frozen_precision",
+            self.model.frozen_precision,
+            f"no or auto with --train.param_dtype {self.train.param_dtype}, which is for exactness",
         )
         if self.data.feature_views:
             reason = _no_features(self.model)

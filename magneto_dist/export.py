@@ -36,6 +36,7 @@ from magneto_dist.config import (
 )
 from magneto_dist.errors import InputError
 from magneto_dist.files import sync_file, sync_folder
+from magneto_dist.model.backbone import Backbone
 from magneto_dist.report import final_table
 from magneto_dist.trained_run import TrainedRun, load_model
 from magneto_dist.training.checkpoint import read_progress
@@ -144,11 +145,17 @@ def _settings(run: TrainedRun) -> dict[str, Any]:
 
 
 class _Probabilities(nn.Module):
-    """A model as a function from plain tensors to plain tensors, in float32 on the CPU."""
+    """A model as a function from plain tensors to plain tensors, in float32 on the CPU.
+
+    Frozen stages that the run computed in 16 bits included: ONNX Runtime has no such kernels.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = deepcopy(model).cpu().float().eval()
+        for module in self.model.modules():
+            if isinstance(module, Backbone):
+                module.frozen_dtype = None
 
     def forward(
         self, tag_ids: Tensor, tag_mask: Tensor, pixels: Tensor | None = None

@@ -50,10 +50,14 @@ def ets_loss(
         config: which losses, and what BCE is averaged over.
     """
     real = _real_tags(batch)
+    num_items, num_tags = counts.clamp(min=1)
+    num_slots = batch.num_slots or real.shape[1]
+    bce_divisor = num_items * num_slots if config.normalisation == "slots" else num_tags
     with torch.autocast(real.device.type, enabled=False):
         prediction = _without_padding(prediction, real)
+        target = batch.target & real
         losses = {
-            head: _head_loss(prediction, head, batch.target & real, real, counts, config)
+            head: _head_loss(prediction, head, target, real, bce_divisor, num_items, config)
             for head in trained_heads(prediction, config)
         }
         total = torch.stack(list(losses.values())).sum()
@@ -74,11 +78,10 @@ def _head_loss(
     head: str,
     target: Bool[Tensor, "batch slot"],
     real: Bool[Tensor, "batch slot"],
-    counts: Float64[Tensor, " 2"],
+    bce_divisor: Float64[Tensor, ""],
+    num_items: Float64[Tensor, ""],
     config: LossConfig,
 ) -> Float[Tensor, ""]:
-    num_items, num_tags = counts.clamp(min=1)
-    bce_divisor = num_items * real.shape[1] if config.normalisation == "slots" else num_tags
     bce = _bce_sum(prediction, head, target, real)
     loss = bce / bce_divisor.to(bce.dtype)
     if config.kind == "bce":

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from magneto_dist.errors import InputError, PreemptedError
 from magneto_dist.evaluation import collecting_rejects, evaluate_model
 from magneto_dist.model.backbone import recompute_activations
 from magneto_dist.model.embedding import load_tag_embedding
+from magneto_dist.model.encoder import pack_tags
 from magneto_dist.model.magneto import build_model
 from magneto_dist.report import examples_figure, final_table
 from magneto_dist.training.checkpoint import (
@@ -52,7 +54,12 @@ from magneto_dist.training.loop import Job, train
 from magneto_dist.training.optim import Schedule, build_optimizer
 from magneto_dist.training.preflight import check_agreement, require_checkpoint_space
 from magneto_dist.training.process import StopRequest, die_with_launcher
-from magneto_dist.training.resume import checkpoint_to_resume, fingerprint, initialise_from
+from magneto_dist.training.resume import (
+    checkpoint_to_resume,
+    fingerprint,
+    initialise_from,
+    settle_frozen_precision,
+)
 from magneto_dist.training.run_folder import RunFolder
 from magneto_dist.training.session import Session
 from magneto_dist.training.telemetry import Telemetry
@@ -118,6 +125,7 @@ def _train_in_folder(
     dataset = session.on_all(lambda: open_data(config))
     whereabouts.at("start")
     checkpoint = session.from_main(lambda: checkpoint_to_resume(config, dataset))
+    config = session.from_main(partial(settle_frozen_precision, config, checkpoint))
     whereabouts.at("start")
     start = session.on_all(lambda: read_progress(checkpoint) if checkpoint else Progress())
     plan = derive_plan(config, session, start)
@@ -161,6 +169,8 @@ def _train_in_folder(
             dataset, "train", config, session.world, plan, training=True, features=features.train
         )
         whereabouts.at("start")
+    if config.tags.trim_padding and not config.train.compile and session.is_plain:
+        pack_tags(model)
     schedule = Schedule(config.optim, total_steps)
     wrapped, optimizer = session.prepare(model, build_optimizer(model, config.optim), plan)
     if checkpoint:

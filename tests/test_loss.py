@@ -214,6 +214,20 @@ def test_padding_changes_nothing_but_the_published_divisor(
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_trimmed_padding_changes_nothing(config: LossConfig) -> None:
+    batch, prediction = make_batch(3, 5, 9), make_prediction(3, 5, 9)
+    batch = replace(batch, tag_mask=batch.tag_mask & (torch.arange(9) < 6))
+    names = ("tag_ids", "tag_mask", "target", "outlier")
+    fewer = {name: getattr(batch, name)[:, :6] for name in names}
+    trimmed = replace(batch, num_slots=9, **fewer)
+    of_trimmed = Prediction(*(None if x is None else x[:, :6] for x in prediction))
+    counts = count_for_loss(batch)
+    whole = ets_loss(prediction, batch, counts, config)
+    ours = ets_loss(of_trimmed, trimmed, counts, config)
+    torch.testing.assert_close(ours, whole, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_invalid_rows_and_empty_items_have_no_loss_and_no_gradient(config: LossConfig) -> None:
     batch, prediction = make_batch(1, 3, 4), make_prediction(1, 3, 4)
     full = torch.ones(3, 4, dtype=torch.bool)

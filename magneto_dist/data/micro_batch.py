@@ -164,6 +164,7 @@ class MicroBatches(torch.utils.data.Dataset):
             epoch=epoch,
             rejects=tuple(row for row in rows if isinstance(row, Reject)),
             all_valid=bool(sample_valid.all()),
+            num_slots=self.config.tags.max_tags,
         )
         return Encoded(
             batch,

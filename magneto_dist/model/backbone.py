@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
-from magneto_dist.config import ModelConfig
+from magneto_dist.config import ModelConfig, Precision
 from magneto_dist.errors import InputError
-from magneto_dist.model.folding import FoldedStages
+from magneto_dist.model.folding import FoldedStages, fast_precision, frozen_dtype
 from magneto_dist.model.norm import GhostBatchNorm2d, replace_batch_norms, row_validity_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -69,7 +69,15 @@ def build_backbone(config: ModelConfig) -> Backbone:
         num_frozen,
         batch_norms_frozen=config.backbone_batch_norm == "frozen",
         frozen_norms_drift=config.frozen_batch_norm == "drifting",
+        frozen_dtype=frozen_dtype(frozen_precision(config)),
     )
+
+
+def frozen_precision(config: ModelConfig) -> Precision:
+    """What `config.frozen_precision` means on this machine."""
+    if config.frozen_precision != "auto":
+        return config.frozen_precision
+    return "no" if config.frozen_batch_norm == "drifting" else fast_precision()
 
 
 def recompute_activations(model: nn.Module) -> None:
@@ -98,12 +106,15 @@ class Backbone(nn.Module):
         num_frozen_stages: stages that are never trained; more than there are: all.
         batch_norms_frozen: fix the batch norms of trained stages.
         frozen_norms_drift: let the statistics of the frozen stages' batch norms move.
+        frozen_dtype: what the frozen stages compute in, on a CPU bfloat16 alone; None: as the rest.
     """
 
     scale: Tensor
     shift: Tensor
     recomputes: bool
     """Whether trained stages run again in the backward pass (activation checkpointing)."""
+    frozen_dtype: torch.dtype | None
+    """What the frozen stages compute in; None: as the rest."""
 
     def __init__(
         self,
@@ -113,6 +124,7 @@ class Backbone(nn.Module):
         *,
         batch_norms_frozen: bool,
         frozen_norms_drift: bool,
+        frozen_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.stages = stages
@@ -120,6 +132,7 @@ class Backbone(nn.Module):
         self.num_frozen_stages = num_frozen_stages
         self.batch_norms_frozen = batch_norms_frozen
         self.frozen_norms_drift = frozen_norms_drift
+        self.frozen_dtype = frozen_dtype
         self.recomputes = False
         mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
@@ -139,7 +152,7 @@ class Backbone(nn.Module):
             for stage in frozen:  # no parameter of theirs needs a gradient: no graph
                 x = stage(x)
         else:
-            x = self._folded(frozen, x)
+            x = self._folded(frozen, x, self._dtype_on(x.device))
         for stage in trained:
             x = self._recomputed(stage, x) if self.recomputes else stage(x)
         return x
@@ -166,6 +179,11 @@ class Backbone(nn.Module):
             for norm in (m for s in self._frozen_stages() for m in _batch_norms(s)):
                 norm.train(mode)
         return self
+
+    def _dtype_on(self, device: torch.device) -> torch.dtype | None:
+        """Processors are slow at float16: what a GPU has trained in it they do in float32."""
+        is_slow = device.type == "cpu" and self.frozen_dtype == torch.float16
+        return None if is_slow else self.frozen_dtype
 
     def _frozen_stages(self) -> list[nn.Module]:
         return list(self.stages)[: self.num_frozen_stages]

@@ -1,4 +1,4 @@
-"""Frozen convolutions with their batch norms folded in."""
+"""Frozen stages made fast: batch norms folded into the convolutions, in low precision if wanted."""
 
 from __future__ import annotations
 
@@ -8,15 +8,38 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+from magneto_dist.config import Precision
+
+_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+_TURING = (7, 0)  # its tensor cores came with Volta; none in the GTX 16 series, which is no slower
+
+
+def frozen_dtype(precision: Precision) -> torch.dtype | None:
+    """What frozen stages compute in; None: in what the rest computes in."""
+    return _DTYPES[precision]
+
+
+def fast_precision() -> Precision:
+    """The 16-bit format that this machine computes convolutions fast in, or none.
+
+    Of a GPU bf16 from Ampere on, fp16 before; of a CPU bf16 where it has instructions for it
+    (AVX512_BF16: Zen 4, Cooper Lake, Sapphire Rapids and later).
+    """
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if torch.cuda.get_device_capability() >= _TURING else "no"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "no"
+
 
 class FoldedStages:
     """Runs frozen stages through a copy whose batch norms are folded into the convolutions.
 
     With s = weight / sqrt(running_var + eps): kernel' = s * kernel, bias' = bias - s * running_mean
-    + s * (bias of the convolution). The copy is no part of the module tree, so state_dict,
-    optimizer and sharding know the stages alone; it is made anew when these were loaded, moved or
-    cast. Where that cannot be (weights sharded over ranks, compilation and export, which fold by
-    themselves) the stages run as they are.
+    + s * (bias of the convolution), rounded to the wanted dtype once. The copy is no part of the
+    module tree, so state_dict, optimizer and sharding know the stages alone; it is made anew when
+    these were loaded, moved or cast. Where that cannot be (weights sharded over ranks, compilation
+    and export, which fold by themselves) the stages run as they are, under autocast.
     """
 
     def __init__(self) -> None:
@@ -24,15 +47,36 @@ class FoldedStages:
         self._copy: nn.Module = nn.Identity()
 
     @torch.no_grad()
-    def __call__(self, stages: Sequence[nn.Module], x: Tensor) -> Tensor:
-        """The output of `stages`, which are in evaluation mode, for `x`; without a graph."""
+    def __call__(
+        self, stages: Sequence[nn.Module], x: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The output of `stages`, which are in evaluation mode, for `x`; without a graph.
+
+        Args:
+            stages: whose weights and statistics stand still.
+            x: in the dtype of their weights.
+            dtype: to compute in, float16 or bfloat16, whatever autocast says; the output has the
+                dtype of what follows: autocast's or that of `x`. None: as the rest.
+        """
+        folded = self._folded(stages, dtype)
+        if dtype is None:
+            return nn.Sequential(*stages)(x) if folded is None else folded(x)
+        device = x.device.type
+        follows = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, dtype, enabled=folded is None):
+            x = nn.Sequential(*stages)(x) if folded is None else folded(x.to(dtype))
+        return x.to(follows)
+
+    def _folded(self, stages: Sequence[nn.Module], dtype: torch.dtype | None) -> nn.Module | None:
+        """The copy; None where there cannot be one."""
         tensors = [t for m in stages for t in (*m.parameters(), *m.buffers())]
         if torch.compiler.is_compiling() or not all(_is_whole(t) for t in tensors):
-            return nn.Sequential(*stages)(x)
-        made_of = tuple((t.data_ptr(), t._version, t.dtype, t.stride()) for t in tensors)
+            return None
+        made_of = (dtype, *((t.data_ptr(), t._version, t.dtype, t.stride()) for t in tensors))
         if made_of != self._made_of:
-            self._copy, self._made_of = fuse(nn.Sequential(*stages).eval()), made_of
-        return self._copy(x)
+            self._copy = fuse(nn.Sequential(*stages).eval()).to(dtype=dtype)
+            self._made_of = made_of
+        return self._copy
 
 
 def _is_whole(tensor: Tensor) -> bool:

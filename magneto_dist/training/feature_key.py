@@ -69,6 +69,7 @@ def ingredients(
         "decoder": decoder,
         "dtype": config.data.feature_dtype,
         "computed_in": [config.train.param_dtype, config.train.precision, config.train.tf32],
+        "frozen_dtype": str(backbone.frozen_dtype),
         "versions": {package: version(package) for package in packages},
         "code": _code_hash(),
     }

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from magneto_dist.config import Config
+from magneto_dist.config import Config, Precision
 from magneto_dist.config_io import load_config
 from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError
+from magneto_dist.model.backbone import frozen_precision
 from magneto_dist.model.magneto import PRETRAINED_PARTS
 from magneto_dist.training.checkpoint import (
     DEEPSPEED,
@@ -27,6 +29,7 @@ from magneto_dist.training.checkpoint import (
 from magneto_dist.vocabulary import Vocabulary
 
 _FIXED_SECTIONS = ("model", "tags", "augment", "loss")
+_FREE_SETTINGS = {"model.frozen_precision"}  # as train.precision is
 _FIXED_TRAIN_SETTINGS = ("global_batch_size", "objective", "param_dtype", "ema_decay")
 _FIXED_DATA_SETTINGS = (
     "num_streams",
@@ -95,9 +98,32 @@ def _meaning(config: Config) -> dict[str, Any]:
     meaning: dict[str, Any] = {"seed": settings["seed"]}
     for section in _FIXED_SECTIONS:
         meaning |= {f"{section}.{key}": value for key, value in settings[section].items()}
+    meaning = {k: v for k, v in meaning.items() if k not in _FREE_SETTINGS}
     for section, keys in (("train", _FIXED_TRAIN_SETTINGS), ("data", _FIXED_DATA_SETTINGS)):
         meaning |= {f"{section}.{key}": settings[section][key] for key in keys}
     return meaning
+
+
+def settle_frozen_precision(config: Config, checkpoint: Path | None) -> Config:
+    """`config` with what `model.frozen_precision: auto` means for this run, which records it.
+
+    A run that goes on keeps to what it began with, on whatever machine. Ranks take the main
+    process's answer, as their machines may differ.
+
+    Raises:
+        InputError: fp16 without a GPU.
+    """
+    precision: Precision = frozen_precision(config.model)
+    if config.model.frozen_precision == "auto":
+        if checkpoint:
+            precision = frozen_precision(load_config(checkpoint / "config.yaml").model)
+        elif config.train.param_dtype == "float64" or precision == "no":
+            precision = "no"
+        elif config.train.precision != "no":
+            precision = config.train.precision
+    elif precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("--model.frozen_precision fp16 needs a GPU; on CPU use auto, bf16 or no")
+    return replace(config, model=replace(config.model, frozen_precision=precision))
 
 
 def fingerprint(dataset: Dataset) -> str:

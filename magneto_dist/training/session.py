@@ -160,7 +160,12 @@ class Session:
     @property
     def is_ddp(self) -> bool:
         """Whether DDP adds up the gradients."""
-        return self.world.num_ranks > 1 and not (self.is_deepspeed or self._is_sharded)
+        return self.world.num_ranks > 1 and self.is_plain
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether weights lie whole in their modules: one process alone, or DDP."""
+        return not (self.is_deepspeed or self._is_sharded)
 
     def prepare(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, plan: BatchPlan

@@ -110,7 +110,8 @@ def assert_cached_is_live(config: Config, dataset: Dataset) -> None:
     """Training in two epochs, and evaluation: features and what the model makes of them."""
     model = model_of(config, dataset)
     cached = build(config, dataset, model)
-    rounding = ROUNDING[config.data.feature_dtype]
+    rounded = {config.data.feature_dtype, config.model.frozen_precision} & ROUNDING.keys()
+    rounding = max(ROUNDING[name] for name in rounded)
     # What the live pipeline shows in its epoch v, with the seed of the views.
     live_config = replace(config, seed=config.data.feature_seed)
     live = [
@@ -161,6 +162,14 @@ def test_cached_features_are_the_live_ones_to_rounding(
     assert_cached_is_live(config, Dataset.open(str(demo_shards)))
 
 
+def test_cached_features_of_a_backbone_in_bf16_are_its_live_ones(
+    demo_shards: Path, tmp_path: Path
+) -> None:
+    config = with_(CONFIG, "data", cache_dir=str(tmp_path))
+    config = with_(config, "model", frozen_precision="bf16")
+    assert_cached_is_live(config, Dataset.open(str(demo_shards)))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (PHOTOS.exists() and WEIGHTS.exists()),
@@ -187,6 +196,7 @@ CHANGES: dict[str, Callable[[Config], Config]] = {
     "dtype": lambda c: with_(c, "data", feature_dtype="bf16"),
     "max_image_megapixels": lambda c: with_(c, "data", max_image_megapixels=50.0),
     "computed_in": lambda c: with_(c, "train", precision="bf16"),
+    "frozen_dtype": lambda c: with_(c, "model", frozen_precision="bf16"),
     "backbone": lambda c: with_(c, "model", backbone_stages=1),
 }
 NO_CHANGES: dict[str, Callable[[Config], Config]] = {
