@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +23,7 @@ from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError
+from magneto_dist.model.backbone import frozen_precision
 from magneto_dist.recipe import derive_plan
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.session import Session
@@ -153,10 +154,20 @@ def _setting(config: Config, session: Session, plan: BatchPlan, loader: Loader) 
         "image_size": config.augment.image_size,
         "policy": config.augment.policy,
         "backbone_is_frozen": config.model.sees_pictures and config.model.backbone_is_frozen,
+        "frozen_precision": config.model.frozen_precision,
+        "frozen_precision_auto": _auto_precision(config),
         "trims_padding": config.tags.trim_padding,
         "compiles": config.train.compile,
         "comm_hook": config.train.ddp_comm_hook,
     }
+
+
+def _auto_precision(config: Config) -> str:
+    """What the frozen stages could compute in; "no": there are none, or not in 16 bits here."""
+    model = config.model
+    if not model.sees_pictures or model.frozen_stages == 0 or config.train.precision != "no":
+        return "no"
+    return frozen_precision(replace(model, frozen_precision="auto"))
 
 
 def _computing(stages: Stages, num_tags: int) -> dict[str, Any]:

@@ -183,6 +183,11 @@ def _settings_of_training(stage: str, measured: Measured) -> tuple[str, ...]:
             )
         if found["backbone_is_frozen"]:
             settings.append("--data.feature_views 4 (the backbone is frozen: run it once a view)")
+        if found["frozen_precision"] == "no" and found["frozen_precision_auto"] != "no":
+            settings.append(
+                f"--model.frozen_precision auto ({found['frozen_precision_auto']} in the frozen"
+                " stages)"
+            )
         if measured.is_gpu and found["arithmetic"] in ("float32", "tf32"):
             settings.append("--train.precision fp16 (Turing) or bf16 (Ampere and later)")
         if measured.is_gpu and found["arithmetic"] == "float32":

@@ -29,13 +29,14 @@ from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.model.norm import commit_batch_norm_statistics
-from magneto_dist.recipe import initial_model
+from magneto_dist.recipe import initial_model, prepare
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.checkpoint_writer import CheckpointWriter
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.loop import Job, train
-from magneto_dist.training.optim import Schedule, build_optimizer
+from magneto_dist.training.optim import Schedule
 from magneto_dist.training.process import StopRequest
+from magneto_dist.training.resume import settle_frozen_precision
 from magneto_dist.training.session import Session
 from magneto_dist.training.telemetry import Telemetry
 from magneto_dist.training.weight_average import WeightAverage
@@ -55,7 +56,12 @@ class Taken(NamedTuple):
 
 
 def endless(config: Config) -> Config:
-    """`config` for a run that neither ends nor evaluates nor saves by itself."""
+    """`config` for a run that neither ends nor evaluates nor saves by itself.
+
+    Raises:
+        InputError: the frozen stages cannot compute in what it says.
+    """
+    config = settle_frozen_precision(config, None)
     return replace(
         config,
         optim=replace(config.optim, lr=LR, warmup_steps=0, schedule="constant"),
@@ -84,7 +90,7 @@ def training_job(
         folder: RUN_DIR.
     """
     model = initial_model(config, dataset, None)
-    wrapped, optimizer = session.prepare(model, build_optimizer(model, config.optim), plan)
+    wrapped, optimizer = prepare(config, session, model, plan)
     average = WeightAverage(session.unwrap(wrapped), config.train.ema_decay, 0)
     whereabouts = Whereabouts()
     start = Progress(

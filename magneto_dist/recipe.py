@@ -169,10 +169,8 @@ def _train_in_folder(
             dataset, "train", config, session.world, plan, training=True, features=features.train
         )
         whereabouts.at("start")
-    if config.tags.trim_padding and not config.train.compile and session.is_plain:
-        pack_tags(model)
     schedule = Schedule(config.optim, total_steps)
-    wrapped, optimizer = session.prepare(model, build_optimizer(model, config.optim), plan)
+    wrapped, optimizer = prepare(config, session, model, plan)
     if checkpoint:
         load_optimizer(session, checkpoint, wrapped, optimizer)
         session.warn_of_lost_state()
@@ -291,6 +289,15 @@ def initial_model(config: Config, dataset: Dataset, checkpoint: Path | None) -> 
     elif config.init_from:
         initialise_from(model, Path(config.init_from), config, dataset.vocabulary)
     return model
+
+
+def prepare(
+    config: Config, session: Session, model: nn.Module, plan: BatchPlan
+) -> tuple[nn.Module, Any]:
+    """The model as `session` trains it, and its optimizer."""
+    if config.tags.trim_padding and not config.train.compile and session.is_plain:
+        pack_tags(model)
+    return session.prepare(model, build_optimizer(model, config.optim), plan)
 
 
 def _build(config: Config, dataset: Dataset, has_weights: bool) -> nn.Module:

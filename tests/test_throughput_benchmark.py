@@ -27,6 +27,7 @@ SETTING = {
     "loader_processes_per_rank": 1, "decoder": "cpu", "arithmetic": "float32",
     "global_batch_size": 256, "image_size": 224, "policy": "imagenet",
     "backbone_is_frozen": False, "trims_padding": False, "compiles": False, "comm_hook": "none",
+    "frozen_precision": "no", "frozen_precision_auto": "no",
     "slots_used": 0.6, "cores_got": 1.0, "peak_memory_gb": {"process": 1.0},
     "flop_per_image": 1e9, "published_flop_per_s": None, "matrix_product_flop_per_s": 1e12,
 }  # fmt: skip
@@ -107,6 +108,9 @@ def test_a_slow_model_is_named_with_the_settings_that_fit_it():
     assert "--train.precision" in text
     assert "--tags.trim_padding true (20%" in text
     assert "feature_views" not in text
+    assert "frozen_precision" not in text
+    some = " ".join(diagnose(on_gpu(frozen_precision_auto="bf16")).settings)
+    assert "--model.frozen_precision auto (bf16" in some
     frozen = " ".join(diagnose(on_gpu(backbone_is_frozen=True)).settings)
     assert "--data.feature_views" in frozen
     assert "--train.precision" not in frozen  # it is fp16 already
