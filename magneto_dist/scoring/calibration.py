@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from magneto_dist.batch import LogProbabilities
+from magneto_dist.scoring.average_precision import binned_average_precision
 
 NUM_BINS = 15
 """Bins of equal width in probability, as is usual."""
@@ -152,6 +153,5 @@ def precision_recall(
 
 
 def micro_average_precision(odds: LogOdds, targets_cut: float = 0.0) -> float:
-    """Area under `precision_recall` in steps: average precision of all tags in one list."""
-    precision, recall = precision_recall(odds, targets_cut)
-    return float((precision * recall.diff(prepend=recall.new_zeros(1))).sum())
+    """Average precision of all tags in one list."""
+    return float(binned_average_precision(odds.positives, odds.tags, targets_cut))

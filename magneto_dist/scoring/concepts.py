@@ -5,8 +5,8 @@
 
 What a concept is scored on are the items that carry it in a slot; targets that found no slot
 (`targets_cut`) are of no concept. Average precision is binned: tags between two neighbouring
-thresholds count as tied, and precision at a target's rank is that over all tags down to its bin's
-end. Memory: 16 bytes a concept and threshold, however many items there are.
+thresholds count as in random order. Memory: 16 bytes a concept and threshold, however many items
+there are.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from magneto_dist.batch import Batch
+from magneto_dist.scoring.average_precision import binned_average_precision
 from magneto_dist.scoring.thresholds import at_each, num_reached, real_tags
 
 
@@ -72,10 +73,7 @@ class Concepts:
     @cached_property
     def average_precision(self) -> Float64[Tensor, " tag"]:
         """Of each concept; 0 where it is never a target."""
-        # Bins from the highest probability down; the last one reaches no threshold.
-        targets, tags = self.counts[1].flip(1), self.counts.sum(0).flip(1)
-        precision = targets.cumsum(1) / tags.cumsum(1).clamp(min=1)
-        return (precision * targets).sum(1) / targets.sum(1).clamp(min=1)
+        return binned_average_precision(self.counts[1], self.counts.sum(0))
 
     @property
     def mean_average_precision(self) -> float:
@@ -84,9 +82,14 @@ class Concepts:
 
     @property
     def chance(self) -> float:
-        """The mAP of ranking by chance: the mean share of targets among a concept's items."""
+        """The mAP that ranking by chance has on average."""
+        return _mean(self.average_precision_by_chance[self.counts[1].sum(1) > 0])
+
+    @property
+    def average_precision_by_chance(self) -> Float64[Tensor, " tag"]:
+        """Of each concept, expected: all of its items in one bin."""
         targets, items = self.counts[1].sum(1), self.counts.sum((0, 2))
-        return _mean((targets / items.clamp(min=1))[targets > 0])
+        return binned_average_precision(targets[:, None], items[:, None])
 
     @cached_property
     def _hits(self) -> Float64[Tensor, "tag threshold"]:

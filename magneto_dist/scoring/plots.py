@@ -131,11 +131,13 @@ def _draw_concepts(figure: Any, scored: SplitScores, content: dict[str, Any]) ->
     from matplotlib.ticker import LogFormatter
 
     axes, head = figure.subplots(), scored.scores.heads[0]
-    concepts = scored.scores.concepts(head).at(scored.threshold)
+    concepts = scored.scores.concepts(head)
+    chance, concepts = concepts.average_precision_by_chance, concepts.at(scored.threshold)
     shown = concepts.targets > 0
     axes.scatter(concepts.items[shown], concepts.average_precision[shown], s=14, label="AP")
-    chance = (concepts.targets / concepts.items.clamp(min=1))[shown]
-    axes.scatter(concepts.items[shown], chance, s=14, color="grey", marker="x", label="by chance")
+    axes.scatter(
+        concepts.items[shown], chance[shown], s=14, color="grey", marker="x", label="by chance"
+    )
     mean = content["comparison"][head]["mean_average_precision"]
     axes.axhline(mean, color="tab:blue", linewidth=0.8, label=f"mean (mAP) {mean:.3f}")
     axes.set(

@@ -149,7 +149,8 @@ def _markdown(
         "\n".join(f"![{name}]({name}.png)" for name in pictures) + "\n",
         f"## Concepts\n\nThe {min(_NUM_CONCEPTS, len(concepts))} most frequent of"
         f" {len(concepts):,} ([all](concepts.csv)); average precision is binned by the"
-        f" {len(content['thresholds']['sweep'])} thresholds of the sweep.\n",
+        f" {len(content['thresholds']['sweep'])} thresholds of the sweep, within which order is"
+        " taken as random.\n",
         _table(
             ("tag", *(name.replace("_", " ") for name in _COLUMNS)),
             [

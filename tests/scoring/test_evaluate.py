@@ -167,6 +167,24 @@ def test_the_report_can_be_looked_at(run_dir: Path, demo_shards: Path, tmp_path:
     assert "95 % of F1" in printed
 
 
+@pytest.mark.parametrize(
+    ("launcher", "model", "shown"),
+    [("train_ls.py", "tf-t", "output"), ("pretrain.py", "magneto", "image head")],
+)
+def test_models_without_a_gate_have_a_report(
+    demo_shards: Path, tmp_path: Path, launcher: str, model: str, shown: str
+) -> None:
+    folder, report = tmp_path / "run", tmp_path / "report"
+    run(launcher, *TINY, f"--data.path={demo_shards}", f"--output_dir={folder}", "--max_steps=2",
+        f"--model.kind={model}", "--model.backbone_weights=none")  # fmt: skip
+    scores, printed = evaluate(folder, tmp_path, *OPTIONS, "--report", str(report))
+    assert shown in printed
+    assert f"| {shown} |" in (report / "report.md").read_text()
+    assert len(list(report.glob("*.png"))) == 4
+    assert ("no baselines" in printed) == (launcher == "pretrain.py")
+    assert scores["validation"]["alpha"] is None
+
+
 def test_outliers_and_nothing_beside(run_dir: Path, tmp_path: Path) -> None:
     scores, printed = evaluate(
         run_dir, tmp_path, "--outliers", "2", "--baselines", "false", "--resamples", "0",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision
@@ -17,6 +17,7 @@ from torchmetrics.functional.classification import binary_average_precision
 from magneto_dist.batch import Batch, Prediction
 from magneto_dist.config import LossConfig
 from magneto_dist.evaluation import evaluate
+from magneto_dist.scoring.average_precision import binned_average_precision
 from magneto_dist.scoring.bootstrap import interval, item_weights
 from magneto_dist.scoring.sums import Scores, ScoreSums
 from magneto_dist.scoring.thresholds import best_threshold, grid
@@ -130,13 +131,55 @@ def test_rows_that_are_not_valid_count_for_nothing(items: list[Item], more: list
             torch.testing.assert_close(masked.sums[name], value, rtol=1e-12, atol=1e-12)
 
 
-@given(items_of(max_slots=6))
-def test_concepts_are_those_of_torchmetrics_and_plain_loops(items: list[Item]) -> None:
+def expected_average_precision(seen: list[tuple[int, bool]]) -> float:
+    """The mean over all orders that leave bins in falling order, of (bin, is it a target)."""
+    orders = [
+        order
+        for order in permutations(seen)
+        if all(first[0] >= second[0] for first, second in pairwise(order))
+    ]
+    values = []
+    for order in orders:
+        found = [target for _, target in order]
+        precisions = [sum(found[: i + 1]) / (i + 1) for i, target in enumerate(found) if target]
+        values.append(sum(precisions) / max(1, sum(found)))
+    return float(np.mean(values))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=6))
+def test_binned_average_precision_is_the_mean_over_all_orders(seen: list) -> None:
+    targets, tags = torch.zeros(2, 4, dtype=torch.float64)
+    for place, target in seen:
+        targets[place] += target
+        tags[place] += 1
+    got = float(binned_average_precision(targets, tags))
+    assert got == pytest.approx(expected_average_precision(seen), abs=1e-12)
+    with_cut = float(binned_average_precision(targets, tags, 2))
+    num_targets = int(targets.sum())
+    assert with_cut == pytest.approx(got * num_targets / (num_targets + 2), abs=1e-12)
+
+
+@given(st.permutations(range(12)), st.lists(st.booleans(), min_size=12, max_size=12))
+def test_with_one_tag_a_bin_it_is_that_of_torchmetrics(order: list[int], target: list) -> None:
+    counts = torch.zeros(2, 12, dtype=torch.float64)
+    counts[0] = 1
+    counts[1, order] = torch.tensor(target).double()
+    got = float(binned_average_precision(counts[1], counts[0]))
+    if not any(target):
+        assert got == 0
+        return
+    chances = torch.tensor(order, dtype=torch.float64) / 12
+    exact = binary_average_precision(chances, torch.tensor(target).long())
+    assert got == pytest.approx(exact.item(), abs=1e-6)
+
+
+@given(items_of(max_slots=4))
+def test_concepts_are_those_of_plain_loops(items: list[Item]) -> None:
     prediction, batch = tensors(items, "tf-it")
     concepts = scores_of((prediction, batch)).concepts("final")
     at = concepts.at(3)
     chances = prediction.probability("final").tolist()
-    expected_mean, chance = [], []
+    mean, by_chance = [], []
     for concept in range(NUM_TAGS):
         seen = [
             (chances[row][slot], tag.target)
@@ -145,25 +188,21 @@ def test_concepts_are_those_of_torchmetrics_and_plain_loops(items: list[Item]) -
             for slot, tag in enumerate(item.tags)
             if tag.tag_id == concept
         ]
+        assume(len(seen) <= 6)  # else too many orders to try
         targets = sum(target for _, target in seen)
         predicted = [target for chance, target in seen if chance >= 0.5]
         assert (at.items[concept], at.targets[concept]) == (len(seen), targets)
         assert (at.predicted[concept], at.hits[concept]) == (len(predicted), sum(predicted))
         if targets:
-            # Every value of LOGITS but 0 and 0.5 has a bin of its own; these two are tied.
-            binned = torch.tensor([0.5 if 0.5 <= c < 0.7 else c for c, _ in seen])
-            exact = binary_average_precision(binned, torch.tensor([t for _, t in seen]).long())
-            assert float(at.average_precision[concept]) == pytest.approx(exact.item(), abs=1e-6)
-            expected_mean.append(exact.item())
-            chance.append(targets / len(seen))
+            bins = [(sum(chance >= t for t in THRESHOLDS.tolist()), of) for chance, of in seen]
+            mean.append(expected_average_precision(bins))
+            by_chance.append(expected_average_precision([(0, of) for _, of in bins]))
+            assert float(at.average_precision[concept]) == pytest.approx(mean[-1], abs=1e-12)
             assert at.recall[concept] == sum(predicted) / targets
         else:
             assert at.average_precision[concept] == at.recall[concept] == 0
-    for got, values in (
-        (concepts.mean_average_precision, expected_mean),
-        (concepts.chance, chance),
-    ):
-        assert got == pytest.approx(np.mean(values) if values else 0, abs=1e-6)
+    for got, values in ((concepts.mean_average_precision, mean), (concepts.chance, by_chance)):
+        assert got == pytest.approx(np.mean(values) if values else 0, abs=1e-12)
 
 
 @given(items_of())
