@@ -138,21 +138,10 @@ def score_split(
         options: what to score.
 
     Raises:
-        InputError: a shard cannot be read, or no half has an item.
+        InputError: a shard cannot be read, or no item (of a half) can be scored.
     """
-    config, world = run.config, session.world
     naive = _baselines(run, session, dataset) if options.baselines else {}
-    size = options.batch_size or read_progress(run.checkpoint).micro_batch_size
-    plan = BatchPlan.derive(size * world.num_ranks, world.num_ranks, size, group_size=1)
-    loader = Loader(
-        dataset,
-        options.split,
-        config,
-        world,
-        plan,
-        training=False,
-        outliers=options.outliers,
-    )
+    loader, size = _loader(run, session, dataset, options)
     rejects: list[Reject] = []
     batches = tqdm(
         collecting_rejects(loader.batches(1, loader.steps_per_epoch), rejects),
@@ -163,20 +152,19 @@ def score_split(
         disable=not session.is_main,
     )
     started_at_s = time.perf_counter()
-    chooser, scores = _scores(run, session, batches, options, naive)
+    sums = _scores(run, session, batches, options, naive)
     elapsed_s = time.perf_counter() - started_at_s
     for reject in rejects:
         if reject.reason != LEFT_OUT:
             print(f"not scored: {reject.key} in {reject.shard}: {reject.reason}", file=sys.stderr)
-    items, seen = int(scores.sums["items"]), int(scores.sums["items"])
-    if chooser is not scores:
-        seen += int(chooser.sums["items"])
-        if 0 in (items, seen - items):
-            raise InputError(
-                f"--choose_on half: one half of the {seen} items of {options.split!r} is empty;"
-                " choose on all of them"
-            )
-    threshold, decision = _choose(chooser, options)
+    items = [int(each.sums["items"]) for each in sums]
+    if 0 in items:
+        why = "one half has none: use --choose_on all" if sum(items) else "see above, or the stages"
+        raise InputError(
+            f"{dataset.root}: {sum(items)} of {dataset.num_samples(options.split)} items of"
+            f" {options.split!r} can be scored; {why}"
+        )
+    threshold, decision = _choose(sums[-1], options)
     is_chosen = options.chooses_threshold or options.calibrates
     chosen_on = (OTHER_HALF if options.halves else SAME_ITEMS) if is_chosen else None
     origin = {
@@ -186,14 +174,33 @@ def score_split(
         "split": options.split,
         "outliers": options.outliers,
         "threshold": decision.threshold,
-        "precision": config.train.precision,
+        "precision": run.config.train.precision,
         "batch_size": size,
-        "world_size": world.num_ranks,
-        "items": items,
-        "items_not_scored": dataset.num_samples(options.split) - seen,
-        "items_per_second": seen / elapsed_s,
+        "world_size": session.world.num_ranks,
+        "items": items[0],
+        "items_not_scored": dataset.num_samples(options.split) - sum(items),
+        "items_per_second": sum(items) / elapsed_s,
     }
-    return SplitScores(scores, threshold, decision, chosen_on, run.checkpoint_sha256, origin)
+    return SplitScores(sums[0], threshold, decision, chosen_on, run.checkpoint_sha256, origin)
+
+
+def _loader(
+    run: TrainedRun, session: Session, dataset: Dataset, options: ScoringOptions
+) -> tuple[Loader, int]:
+    """The batches of the split, and how many items each has."""
+    size = options.batch_size or read_progress(run.checkpoint).micro_batch_size
+    num_ranks = session.world.num_ranks
+    plan = BatchPlan.derive(size * num_ranks, num_ranks, size, group_size=1)
+    loader = Loader(
+        dataset,
+        options.split,
+        run.config,
+        session.world,
+        plan,
+        training=False,
+        outliers=options.outliers,
+    )
+    return loader, size
 
 
 def _baselines(run: TrainedRun, session: Session, dataset: Dataset) -> dict[str, Baseline]:
@@ -207,8 +214,8 @@ def _scores(
     batches: Iterable[Batch],
     options: ScoringOptions,
     naive: dict[str, Baseline],
-) -> tuple[Scores, Scores]:
-    """What to choose on, and what to report; without halves the same."""
+) -> list[Scores]:
+    """What to report; with halves, what to choose on beside it, else that is the same."""
     model, device = run.model.to(session.device), session.device
     sums: list[ScoreSums] = []
     for batch in batches:
@@ -226,8 +233,7 @@ def _scores(
             chooses = torch.tensor([_in_first_half(key) for key in batch.keys], device=device)
             sums[0].update(prediction, _only(batch, ~chooses))
             sums[1].update(prediction, _only(batch, chooses))
-    reduced = [each.reduced(session.reduce_sum) for each in sums]
-    return reduced[-1], reduced[0]
+    return [each.reduced(session.reduce_sum) for each in sums]
 
 
 def _no_sums(

@@ -172,7 +172,7 @@ class Scores:
         """As `evaluate` gives them for the model; and the same of each baseline."""
         plain = ("items", "tags", "tags_cut", "targets_cut", "items_with_outlier")
         sums = {name: self.sums[name] for name in plain}
-        if "alpha" in self.sums and self.has_gate:
+        if len(self.heads) == 3:  # there is a gate
             sums["alpha"] = self.sums["alpha"]
         sums["items_with_predicted_outlier"] = at_each(self.sums["largest_outlier"])[threshold]
         for scorer in self.scorers:
@@ -187,11 +187,6 @@ class Scores:
         metrics = summarise(sums)
         of_baselines = {name: metrics.pop(name) for name in self.baselines}
         return {"loss": loss_of(self.sums), **metrics}, of_baselines
-
-    @property
-    def has_gate(self) -> bool:
-        """Whether the model weighs two streams."""
-        return "final" in self.heads and len(self.heads) == 3
 
     def sweep(self, scorer: str) -> dict[str, Float64[Tensor, " threshold"]]:
         """`thresholds.rates` at every threshold."""

@@ -259,6 +259,17 @@ def test_splits_without_labels_or_items_are_refused(
     assert ("labels" if damage == "unlabelled" else "no items") in error
 
 
+def test_nothing_to_score_is_said_in_one_line(run_dir: Path, tmp_path: Path) -> None:
+    """A stage may leave out whatever it wants."""
+    (tmp_path / "leave_out.py").write_text("def everything(records):\n    yield from ()\n")
+    process = launch("evaluate.py", "--run", str(run_dir), "--baselines", "false",
+                     "--data.stages", "[leave_out:everything]", cwd=tmp_path)  # fmt: skip
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 2, output
+    assert "0 of 22 items" in output
+    assert "Traceback" not in output
+
+
 def test_without_a_labelled_training_split_the_baselines_are_left_out(
     run_dir: Path, demo_shards: Path, tmp_path: Path
 ) -> None:

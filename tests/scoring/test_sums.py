@@ -25,7 +25,6 @@ from test_metrics import MODELS, NUM_TAGS, Item, Tag, items_of, part, reference,
 
 THRESHOLDS = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.7, 0.93, 1.0], dtype=torch.float64)
 NUM_RESAMPLES = 7
-_OTHER_FIGURES = ("average_precision", "micro_f1", "macro_f1")
 
 
 def new_sums(prediction: Prediction, resamples: int = NUM_RESAMPLES) -> ScoreSums:
