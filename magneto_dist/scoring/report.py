@@ -65,15 +65,15 @@ def remarks(content: dict[str, Any]) -> list[str]:
     thresholds, decision = content["thresholds"], content["decision"]
     head, best = thresholds["head"], thresholds["best_on_these_items"]
     main = content["comparison"][head]
-    chosen = f", chosen on {decision['chosen_on']}" if decision["chosen_on"] else ""
+    chosen = {name: f", chosen on {decision['chosen_on']}" for name in decision["chosen"]}
     lines = [
-        f"threshold {decision['threshold']:g}{chosen}; the best on these items is"
+        f"threshold {decision['threshold']:g}{chosen.get('threshold', '')}; the best on these items is"
         f" {best['threshold']:g} (F1 {100 * best['f1']:.1f})",
         f"mAP over concepts {100 * main['mean_average_precision']:.1f} (by chance"
         f" {100 * main['mean_average_precision_by_chance']:.1f}); macro F1"
         f" {100 * main['macro_f1']:.1f}, micro F1 {100 * main['micro_f1']:.1f}",
         f"calibration error of the probabilities {100 * main['expected_calibration_error']:.1f}"
-        + _after(content["calibration"]),
+        + _after(content["calibration"], chosen.get("temperature", "")),
     ]
     if content[content["split"]]["outlier_rate"] is not None:
         rate = content[content["split"]]["outlier_rate"]
@@ -185,13 +185,13 @@ def _baselines_explained(baselines: dict[str, Any]) -> str:
     )
 
 
-def _after(of: dict[str, Any]) -> str:
+def _after(of: dict[str, Any], chosen: str) -> str:
     if "at_temperature" not in of:
         return " %"
     after = of["at_temperature"]
     return (
         f" %; at temperature {after['temperature']:.3f}:"
-        f" {100 * after['expected_calibration_error']:.1f} %"
+        f" {100 * after['expected_calibration_error']:.1f} %{chosen}"
     )
 
 

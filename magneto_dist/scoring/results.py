@@ -34,6 +34,7 @@ def results(scored: SplitScores) -> dict[str, Any]:
         },
         "decision": {
             **scored.decision.as_json(scored.checkpoint_sha256),
+            "chosen": list(scored.chosen),
             "chosen_on": scored.chosen_on,
         },
         "thresholds": _thresholds(scored),

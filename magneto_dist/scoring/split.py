@@ -70,6 +70,8 @@ class SplitScores:
     """Number of the threshold that was used."""
     decision: Decision
     """Threshold and temperature, as given or chosen."""
+    chosen: tuple[str, ...]
+    """Which of both were chosen, by name."""
     chosen_on: str | None
     """Which items they were chosen on; None: they were given."""
     checkpoint_sha256: str
@@ -165,8 +167,8 @@ def score_split(
             f" {options.split!r} can be scored; {why}"
         )
     threshold, decision = _choose(sums[-1], options)
-    is_chosen = options.chooses_threshold or options.calibrates
-    chosen_on = (OTHER_HALF if options.halves else SAME_ITEMS) if is_chosen else None
+    chosen = ("threshold",) * options.chooses_threshold + ("temperature",) * options.calibrates
+    chosen_on = (OTHER_HALF if options.halves else SAME_ITEMS) if chosen else None
     origin = {
         "run": str(run.checkpoint.parent.parent),
         "checkpoint": run.checkpoint.name,
@@ -181,7 +183,9 @@ def score_split(
         "items_not_scored": dataset.num_samples(options.split) - sum(items),
         "items_per_second": sum(items) / elapsed_s,
     }
-    return SplitScores(sums[0], threshold, decision, chosen_on, run.checkpoint_sha256, origin)
+    return SplitScores(
+        sums[0], threshold, decision, chosen, chosen_on, run.checkpoint_sha256, origin
+    )
 
 
 def _loader(

@@ -93,6 +93,7 @@ def test_two_processes_give_the_figures_of_one(
     if half:
         assert 0 < one["items"] < NUM_ITEMS
         assert "other half" in one["decision"]["chosen_on"]
+        assert one["decision"]["chosen"] == ["threshold", "temperature"]
     else:
         assert one["items"] == NUM_ITEMS
         sweep = one["thresholds"]["sweep"]
@@ -206,7 +207,7 @@ def test_prediction_uses_what_evaluation_has_chosen(
                         "--threshold", str(tmp_path / "scores.json"))  # fmt: skip
     assert again == scores  # the later --out counts: the first file is as it was
     again = json.loads((tmp_path / "again.json").read_text())
-    assert again["decision"] == {**decision, "chosen_on": None}
+    assert again["decision"] == {**decision, "chosen": [], "chosen_on": None}
     assert again["calibration"] == scores["calibration"]
 
     def predicted(threshold: str) -> list[dict]:
