@@ -19,6 +19,8 @@ class Picture:
     """File beside the Markdown."""
     content: bytes
     alt: str
+    width: int | None = None
+    """On a page, in CSS pixels; None: as the style has it."""
 
 
 Cell = str | Picture
@@ -40,7 +42,15 @@ class Heading:
     level: int = 2
 
 
-Block = Heading | Table | Picture | str
+@dataclass(frozen=True)
+class Figure:
+    """Pictures side by side, where there is room, above a caption."""
+
+    pictures: Sequence[Picture]
+    caption: str
+
+
+Block = Heading | Table | Figure | str
 
 
 _STYLE = """
@@ -51,12 +61,18 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
 table { border-collapse: collapse; font-size: .875rem }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top }
 th, td { border-bottom: 1px solid #8884 }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap }
-td.yes { color: #15803d; font-weight: 600 } td.no { color: #b91c1c; font-weight: 600 }
+td.number, td.yes, td.no { white-space: nowrap }
+td.number { font-variant-numeric: tabular-nums }
+td.long { min-width: 11rem }
+td.yes { color: light-dark(#15803d, #4ade80); font-weight: 600 }
+td.no { color: light-dark(#b91c1c, #fca5a5); font-weight: 600 }
 td.code { font: .75rem ui-monospace, monospace; min-width: 30rem; overflow-wrap: anywhere }
+figure { display: flex; flex-wrap: wrap; gap: .5rem; margin: .8rem 0 }
+figcaption { flex-basis: 100%; font-size: .875rem; opacity: .8 }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px }
-td img { width: 8rem }
+td img { width: 8rem; max-width: none }
 """
+_LONG_CELL = 24  # characters; cells of more are not squeezed into columns of single words
 
 
 def as_html(blocks: Sequence[Block], classes: Mapping[str, str]) -> str:
@@ -79,14 +95,15 @@ def _html_block(block: Block, classes: Mapping[str, str]) -> str:
     match block:
         case Heading(text, level):
             return f"<h{level}>{escape(text)}</h{level}>"
-        case Picture():
-            return _html_picture(block)
+        case Figure(pictures, caption):
+            panels = "\n".join(map(_html_picture, pictures))
+            return f"<figure>{panels}\n<figcaption>{escape(caption)}</figcaption></figure>"
         case Table(header, rows):
             head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
             lines = ("".join(_html_cell(cell, classes) for cell in row) for row in rows)
             body = "\n".join(f"<tr>{line}</tr>" for line in lines)
             table = f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
-            return f'<div class="scroll">{table}</div>'
+            return f'<div class="scroll" tabindex="0">{table}</div>'
         case _:
             return f"<p>{escape(block)}</p>"
 
@@ -95,7 +112,8 @@ def _html_cell(cell: Cell, classes: Mapping[str, str]) -> str:
     if isinstance(cell, Picture):
         return f"<td>{_html_picture(cell)}</td>"
     is_number = cell.lstrip("+-")[:1].isdigit()
-    kind = classes.get(cell, "number" if is_number else "")
+    plain = "number" if is_number else "long" if len(cell) > _LONG_CELL else ""
+    kind = classes.get(cell, plain)
     attribute = f' class="{kind}"' if kind else ""
     return f"<td{attribute}>{escape(cell)}</td>"
 
@@ -103,7 +121,8 @@ def _html_cell(cell: Cell, classes: Mapping[str, str]) -> str:
 def _html_picture(picture: Picture) -> str:
     kind = "png" if picture.name.endswith(".png") else "jpeg"
     content = base64.b64encode(picture.content).decode("ascii")
-    return f'<img alt="{escape(picture.alt)}" src="data:image/{kind};base64,{content}">'
+    width = f' width="{picture.width}"' if picture.width else ""
+    return f'<img alt="{escape(picture.alt)}"{width} src="data:image/{kind};base64,{content}">'
 
 
 def as_markdown(blocks: Sequence[Block]) -> str:
@@ -113,16 +132,17 @@ def as_markdown(blocks: Sequence[Block]) -> str:
 
 def pictures_of(blocks: Sequence[Block]) -> list[Picture]:
     """All pictures, which belong beside the Markdown."""
+    figures = [p for b in blocks if isinstance(b, Figure) for p in b.pictures]
     cells = [c for b in blocks if isinstance(b, Table) for row in b.rows for c in row]
-    return [p for p in (*blocks, *cells) if isinstance(p, Picture)]
+    return [*figures, *(c for c in cells if isinstance(c, Picture))]
 
 
 def _markdown_block(block: Block) -> str:
     match block:
         case Heading(text, level):
             return f"{'#' * level} {text}"
-        case Picture():
-            return _markdown_cell(block)
+        case Figure(pictures, caption):
+            return "\n".join(map(_markdown_cell, pictures)) + f"\n\n{caption}"
         case Table(header, rows):
             lines = [header, ["---"] * len(header), *rows]
             return "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines)

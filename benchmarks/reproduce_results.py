@@ -58,7 +58,10 @@ def read_result(setup: Setup, run: str, seed: int) -> Result:
         numbers["f1_on_the_way"] = fmean(f1s)
         curves["f1"] = ([line["step"] for line in evaluations], f1s)
     if "alpha" in best:
-        numbers |= {f"{head}_f1": 100 * best[f"{head}/paper/f1"] for head in ("image", "tag")}
+        for head in ("image", "tag"):
+            f1s = [100 * line[f"{head}/paper/f1"] for line in evaluations]
+            curves[f"{head}_f1"] = ([line["step"] for line in evaluations], f1s)
+            numbers[f"{head}_f1"] = 100 * best[f"{head}/paper/f1"]
         numbers |= {"alpha": best["alpha"], "alpha_skew": abs(best["alpha"] - 0.5)}
         train = [line for line in lines if line["split"] == "train"]
         curves["alpha"] = ([line["step"] for line in train], [line["alpha"] for line in train])

@@ -30,10 +30,9 @@ from magneto_dist.config import Config
 from magneto_dist.config_io import config_to_yaml, parse_command_line
 from magneto_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, InputError
 from magneto_dist.files import write_atomically
-from reproduce_grid import RUNS, Experiment, Run
+from reproduce_grid import Experiment, Run, Study
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = {"train_nuswide.py": "nuswide.yaml", "pretrain.py": "pretrain_nuswide.yaml"}
 PRELOAD = ["magneto_dist.recipe", "magneto_dist.scoring", "magneto_dist.inference"]
 # May differ when a run goes on: they do not change what is trained, or are the grid's own.
 _FREE = {"output_dir", "init_from", "resume", "data.num_workers", "data.prefetch_batches"}
@@ -52,6 +51,11 @@ class Job:
     config: Config | None = None
     """Of a training run; `leaves` is then its status.json, which has to say that it is done."""
 
+    @property
+    def provenance(self) -> Path:
+        """Of a training run: what made it; the last file to come."""
+        return self.leaves.with_name("provenance.json")
+
     def is_done(self) -> bool:
         """Whether nothing is left to do.
 
@@ -63,6 +67,12 @@ class Job:
         held = self.leaves.with_name("config.yaml")
         if held.exists():
             _require_same(yaml.safe_load(held.read_text(encoding="utf-8")), self.config, held)
+        return self.has_ended_well() and self.provenance.exists()
+
+    def has_ended_well(self) -> bool:
+        """Whether its launcher has left what it should."""
+        if self.config is None:
+            return self.leaves.exists()
         return self.leaves.exists() and json.loads(self.leaves.read_bytes())["state"] == "done"
 
 
@@ -70,6 +80,7 @@ class Job:
 class Setup:
     """What all runs of a grid share."""
 
+    study: Study
     work: Path
     """Absolute; `runs/NAME/seed-N/` are made there."""
     data: Path | str
@@ -80,7 +91,7 @@ class Setup:
     """Options of the launchers as the user gave them, for every run."""
     seeds: tuple[int, ...]
     outliers: int
-    """Tags added to each item for Table 3."""
+    """Tags added to each item where outliers are counted."""
 
     def run_dir(self, run: str, seed: int) -> Path:
         """RUN_DIR of a run."""
@@ -100,7 +111,8 @@ class Setup:
         if run.init_from:
             own["init_from"] = self.run_dir(run.init_from, seed)
         own["output_dir"] = self.run_dir(run.name, seed)
-        return (*as_options(self.settings), *self.extra, *as_options(own))
+        config = as_options({"config": ROOT / "configs" / run.config})
+        return (*config, *as_options(self.settings), *self.extra, *as_options(own))
 
     def config(self, run: Run, seed: int) -> Config:
         """The settings of a run.
@@ -109,7 +121,7 @@ class Setup:
             InputError: a setting that there is not.
         """
         if run.name not in self._parsed:  # takes a while
-            path = ROOT / "configs" / CONFIGS[run.launcher]
+            path = ROOT / "configs" / run.config
             self._parsed[run.name] = parse_command_line("", path, self.options(run, seed))
         return replace(self._parsed[run.name], seed=seed)
 
@@ -137,11 +149,11 @@ def as_options(settings: Mapping[str, object]) -> list[str]:
     ]
 
 
-def runs_of(experiments: Iterable[Experiment]) -> list[Run]:
-    """The runs that they need, each once, in the order of `RUNS`, where init_from comes before."""
+def runs_of(study: Study, experiments: Iterable[Experiment]) -> list[Run]:
+    """The runs that they need, each once, in the study's order, where init_from comes before."""
     wanted = {name for experiment in experiments for name in experiment.runs}
-    wanted |= {source for name in wanted if (source := RUNS[name].init_from)}
-    return [run for run in RUNS.values() if run.name in wanted]
+    wanted |= {source for name in wanted if (source := study.runs[name].init_from)}
+    return [run for run in study.all_runs if run.name in wanted]
 
 
 def jobs_of(setup: Setup, experiments: Sequence[Experiment]) -> list[Job]:
@@ -150,7 +162,7 @@ def jobs_of(setup: Setup, experiments: Sequence[Experiment]) -> list[Job]:
     predicted = {n for e in experiments if e.needs_predictions for n in e.runs}
     jobs = []
     for seed in setup.seeds:
-        for run in runs_of(experiments):
+        for run in runs_of(setup.study, experiments):
             jobs.append(training_job(setup, run, seed))
             if run.name in scored:
                 jobs.append(_outliers_job(setup, run, seed))
@@ -191,7 +203,8 @@ def run_all(
         jobs: in order.
         run: starts a job's launcher, which writes to the given log; returns its exit code.
         work: logs go to `work/logs`.
-        made_by: provenance; kept beside each training run that is done, with its seconds.
+        made_by: provenance; kept beside each training run that is done, with the seconds since it
+            was last started.
 
     Raises:
         InputError: a job failed, or a folder holds something else.
@@ -209,16 +222,19 @@ def run_all(
             _require_success(job, code, log)
             if job.config is not None:
                 kept = {**made_by, "wall_s": time.perf_counter() - started_at_s}
-                path = job.leaves.with_name("provenance.json")
-                write_atomically(path, json.dumps(kept, indent=1).encode())
+                write_atomically(job.provenance, json.dumps(kept, indent=1).encode())
             bar.update()
 
 
 class Processes:
-    """Runs launchers, each in a fork of one process that has imported what they import."""
+    """Runs launchers, each in a fork of one process that has imported what they import.
 
-    def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
+    Args:
+        start_method: "fork": that is this one.
+    """
+
+    def __init__(self, start_method: str = "forkserver") -> None:
+        self._context: Any = multiprocessing.get_context(start_method)
         self._context.set_forkserver_preload(PRELOAD)
 
     def __call__(self, job: Job, log: Path) -> int:
@@ -259,7 +275,7 @@ def _stop_with_parent() -> None:
 
 
 def _require_success(job: Job, code: int, log: Path) -> None:
-    if code == 0 and job.is_done():
+    if code == 0 and job.has_ended_well():
         return
     if code in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
         raise KeyboardInterrupt

@@ -12,8 +12,9 @@ from safetensors.torch import save
 
 from magneto_dist.files import write_atomically
 from magneto_dist.trained_run import load_run
-from reproduce_grid import SMOKE, SMOKE_BACKBONE_EPOCHS
 from reproduce_runs import Job, Setup, as_options, run_all
+
+ITEMS, BACKBONE_EPOCHS = 1000, 8
 
 
 def prepare_smoke(
@@ -33,10 +34,10 @@ def prepare_smoke(
     weights = backbone.with_suffix(".safetensors")
     shared = ("data.num_workers", "log.every_steps", "log.tensorboard")
     settings = {
-        **{name: SMOKE[name] for name in shared},
+        **{name: setup.study.smoke[name] for name in shared},
         "data.path": own_data,
         "output_dir": backbone,
-        "train.epochs": SMOKE_BACKBONE_EPOCHS,
+        "train.epochs": BACKBONE_EPOCHS,
     }
     given = (word for word in setup.extra if not word.startswith("--model."))
     options = (*as_options(settings), *given)
@@ -48,7 +49,8 @@ def prepare_smoke(
     run_all(jobs, run, setup.work, made_by)
     if not weights.exists():
         write_backbone(backbone, weights)
-    return replace(setup, data=data, settings={**SMOKE, "model.backbone_weights": weights})
+    settings = {**setup.study.smoke, "model.backbone_weights": weights}
+    return replace(setup, data=data, settings=settings)
 
 
 def _demo_job(name: str, out: Path, items: int, seed: int) -> Job:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -53,7 +56,22 @@ def exit_with_clear_errors(main: Callable[[], object]) -> NoReturn:
     except KeyboardInterrupt:
         print("\ninterrupted: start the same command again to go on", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _leave_ranks(code)
     sys.exit(code)
+
+
+def _leave_ranks(code: int) -> NoReturn:
+    """Ends a rank as `sys.exit` does, but for taking the interpreter down.
+
+    While that goes on, threads of gloo may let go of a last tensor, and abort a process that has
+    done everything.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 def print_clear_line(message: str) -> None:

@@ -13,12 +13,15 @@ from safetensors.torch import load_file, save_file
 from torchvision import models
 
 import reproduce_nus_wide
+from grid_launches import Launches
 from magneto_dist.errors import InputError
-from processes import TINY, launch
-from reproduce_grid import EXPERIMENTS, RUNS
+from processes import TINY
+from reproduce_ls_grid import LS
+from reproduce_nus_wide_grid import NUS_WIDE
 from reproduce_results import Spread, verdict_of
-from reproduce_runs import Job, Setup, jobs_of
+from reproduce_runs import Setup, jobs_of
 
+EXPERIMENTS, RUNS = NUS_WIDE.experiments, NUS_WIDE.runs
 TINY_GRID = [
     *TINY,
     "--model.backbone=squeezenet1_1",  # 5 MB
@@ -26,24 +29,6 @@ TINY_GRID = [
 ]
 """Beside these, the 22 items of validation are trained on in 2 steps."""
 QUICK = ["figure3", "figure4", "figure5", "table4"]
-
-
-class Launches:
-    """Runs jobs as forks of the warm process; notes their names; stops after `most`, if given."""
-
-    def __init__(self, most: int | None = None) -> None:
-        self.names: list[str] = []
-        self.most = most
-
-    def __call__(self, job: Job, log: Path) -> int:
-        if len(self.names) == self.most:
-            raise KeyboardInterrupt
-        self.names.append(job.name)
-        launched = launch(job.launcher, *job.options)
-        output, _ = launched.communicate()
-        log.write_text(output, encoding="utf-8")
-        assert launched.returncode is not None
-        return launched.returncode
 
 
 # What is run ------------------------------------------------------------------------------------
@@ -79,7 +64,7 @@ TABLE3 = {  # (beta, pre-trained): outlier %, F1
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     folder = tmp_path_factory.mktemp("setup")
-    return Setup(folder / "work", folder / "data", {}, (), seeds=(0, 1), outliers=1)
+    return Setup(NUS_WIDE, folder / "work", folder / "data", {}, (), seeds=(0, 1), outliers=1)
 
 
 def test_grid_is_what_the_paper_has(setup):
@@ -113,14 +98,18 @@ def test_grid_is_what_the_paper_has(setup):
     }
 
 
-def test_claims_hold_in_the_numbers_that_the_paper_prints():
-    for experiment in EXPERIMENTS.values():
+@pytest.mark.parametrize("study", [NUS_WIDE, LS], ids=lambda study: study.title)
+def test_claims_hold_in_the_numbers_that_the_paper_prints(study):
+    compared = 0
+    for experiment in study.all_experiments:
         for claim in experiment.claims:
             printed = [experiment.paper.get(run, {}).get(m) for run, m in (claim.more, claim.less)]
             if None not in printed:
-                assert printed[0] > printed[1], claim.text
+                assert printed[0] > printed[1], claim.text  # ranges: neither overlaps the other
+                compared += 1
             assert {claim.more[0], claim.less[0]} <= set(experiment.runs)
             assert {claim.more[1], claim.less[1]} <= set(experiment.metrics)
+    assert compared > 0
 
 
 def test_runs_are_shared_and_follow_what_they_start_from(setup):
@@ -215,7 +204,7 @@ def test_report_holds_every_table_and_figure_and_needs_no_network(report):
         assert f"<h2>{heading}: " in page
         assert f"\n## {heading}: " in text
     sources = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', page)
-    assert len(sources) == 3 + 6  # figures, and the pictures of Table 4
+    assert len(sources) == 1 + 2 + 3 + 6  # panels of figures, and the pictures of Table 4
     assert all(source.startswith("data:image/") for source in sources)
     assert "@import" not in page
     assert "url(" not in page
@@ -249,7 +238,7 @@ def test_report_says_what_the_runs_say(report):
         expected = "one seed: not told" if difference > 0 else "does not show"
         assert claim["verdict"] == expected
         row = next(line for line in text.splitlines() if claim["claim"]["text"] in line)
-        assert row.endswith(f"| {expected} |")
+        assert row.startswith(f"| {claim['claim']['text']} | {expected} |")
     predicted = (runs / "magneto" / "seed-0" / "predictions.jsonl").read_text().splitlines()
     alpha = torch.tensor([a for line in predicted for a in json.loads(line)["alpha"]])
     found = saved["runs"]["magneto"][0]

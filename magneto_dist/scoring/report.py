@@ -65,10 +65,11 @@ def remarks(content: dict[str, Any]) -> list[str]:
     thresholds, decision = content["thresholds"], content["decision"]
     head, best = thresholds["head"], thresholds["best_on_these_items"]
     main = content["comparison"][head]
-    chosen = {name: f", chosen on {decision['chosen_on']}" for name in decision["chosen"]}
+    chosen = dict.fromkeys(decision["chosen"], f", chosen on {decision['chosen_on']}")
+    threshold = f"{decision['threshold']:g}{chosen.get('threshold', '')}"
     lines = [
-        f"threshold {decision['threshold']:g}{chosen.get('threshold', '')}; the best on these items is"
-        f" {best['threshold']:g} (F1 {100 * best['f1']:.1f})",
+        f"threshold {threshold}; the best on these items is {best['threshold']:g}"
+        f" (F1 {100 * best['f1']:.1f})",
         f"mAP over concepts {100 * main['mean_average_precision']:.1f} (by chance"
         f" {100 * main['mean_average_precision_by_chance']:.1f}); macro F1"
         f" {100 * main['macro_f1']:.1f}, micro F1 {100 * main['micro_f1']:.1f}",
