@@ -52,9 +52,10 @@ def count_training_tags(dataset: Dataset, config: Config, session: Session) -> T
         InputError: a shard cannot be read.
     """
     world = session.world
-    text_only = replace(config, model=replace(config.model, kind="tf-t"))
+    data = replace(config.data, feature_views=0)
     if dataset.num_samples("train") <= _FEW:  # read before loader processes have started
-        text_only = replace(text_only, data=replace(config.data, num_workers=0))
+        data = replace(data, num_workers=0)
+    text_only = replace(config, model=replace(config.model, kind="tf-t"), data=data)
     plan = BatchPlan.derive(_BATCH_SIZE * world.num_ranks, world.num_ranks, _BATCH_SIZE, 1)
     loader = Loader(dataset, "train", text_only, world, plan, training=False)
     num_tags = len(dataset.vocabulary)
