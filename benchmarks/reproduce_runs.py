@@ -33,7 +33,7 @@ from magneto_dist.files import write_atomically
 from reproduce_grid import Experiment, Run, Study
 
 ROOT = Path(__file__).parent.parent
-PRELOAD = ["magneto_dist.recipe", "magneto_dist.scoring", "magneto_dist.inference"]
+PRELOAD = ["magneto_dist.recipe", "magneto_dist.scoring.report", "magneto_dist.inference"]
 # May differ when a run goes on: they do not change what is trained, or are the grid's own.
 _FREE = {"output_dir", "init_from", "resume", "data.num_workers", "data.prefetch_batches"}
 _GRACE_S = 60
