@@ -182,6 +182,7 @@ def training_job(setup: Setup, run: Run, seed: int) -> Job:
 def _outliers_job(setup: Setup, run: Run, seed: int) -> Job:
     out = setup.outliers_path(run.name, seed)
     options = {"run": out.parent, "outliers": setup.outliers, "out": out}
+    options |= {"baselines": "false", "resamples": 0}  # their seeds give the spread
     return Job(f"{run.name}, seed {seed}: outliers", "evaluate.py", (*as_options(options),), out)
 
 
