@@ -29,7 +29,7 @@ ONLY_IN = {
     "accelerate": {"training/session.py"},
     "deepspeed": {"training/zero.py"},
     "nvidia": {"data/dali_pipeline.py", "data/decode_dali.py"},
-    "matplotlib": {"report.py"},
+    "matplotlib": {"report.py", "scoring/plots.py"},
     "jsonargparse": {"config_io.py"},
     "webdataset": {"data/shard_writer.py"},
     "datasets": {"data/sources/hf_split.py"},
