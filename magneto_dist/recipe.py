@@ -122,13 +122,13 @@ def _train_in_folder(
     run: RunFolder | None,
     whereabouts: Whereabouts,
 ) -> None:
-    dataset = session.on_all(lambda: _open_data(config))
+    dataset = session.on_all(lambda: open_data(config))
     whereabouts.at("start")
     checkpoint = session.from_main(lambda: checkpoint_to_resume(config, dataset))
     config = session.from_main(partial(settle_frozen_precision, config, checkpoint))
     whereabouts.at("start")
     start = session.on_all(lambda: read_progress(checkpoint) if checkpoint else Progress())
-    plan = _plan(config, session, start)
+    plan = derive_plan(config, session, start)
     if run is not None and plan.idle_ranks:
         print(
             f"warning: {plan.idle_ranks} of {plan.num_ranks} processes have nothing to do: a global"
@@ -151,7 +151,7 @@ def _train_in_folder(
             print(f"{config.output_dir} is finished: {start.step} of {total_steps} steps are done")
         return
     session.from_main(lambda: _begin(run, start, config, dataset))
-    model = session.on_all(lambda: _initial_model(config, dataset, checkpoint))
+    model = session.on_all(lambda: initial_model(config, dataset, checkpoint))
     session.from_main(lambda: require_checkpoint_space(config, model))
     whereabouts.at("start")
     features = None
@@ -169,10 +169,8 @@ def _train_in_folder(
             dataset, "train", config, session.world, plan, training=True, features=features.train
         )
         whereabouts.at("start")
-    if config.tags.trim_padding and not config.train.compile and session.is_plain:
-        pack_tags(model)
     schedule = Schedule(config.optim, total_steps)
-    wrapped, optimizer = session.prepare(model, build_optimizer(model, config.optim), plan)
+    wrapped, optimizer = prepare(config, session, model, plan)
     if checkpoint:
         load_optimizer(session, checkpoint, wrapped, optimizer)
         session.warn_of_lost_state()
@@ -228,7 +226,12 @@ def _train_in_folder(
         _finish(run, end, session, loader)
 
 
-def _open_data(config: Config) -> Dataset:
+def open_data(config: Config) -> Dataset:
+    """The data set that `config` names, with what training needs.
+
+    Raises:
+        InputError: items, pictures or labels are missing.
+    """
     path = config.data.path or str(ensure_demo())
     dataset = Dataset.open(path, config.data.cache_dir, config.data.cache_gb)
     for split in ("train", "validation"):
@@ -248,7 +251,8 @@ def _open_data(config: Config) -> Dataset:
     return dataset
 
 
-def _plan(config: Config, session: Session, start: Progress) -> BatchPlan:
+def derive_plan(config: Config, session: Session, start: Progress) -> BatchPlan:
+    """How global batches are cut over the ranks; as before, where there are as many."""
     size = config.train.global_batch_size
     if start.step and start.num_ranks == session.world.num_ranks:
         return BatchPlan(size, start.num_ranks, start.micro_batch_size, start.micro_steps)
@@ -272,7 +276,12 @@ def _begin(run: RunFolder | None, start: Progress, config: Config, dataset: Data
     run.write_status("running", start.step)
 
 
-def _initial_model(config: Config, dataset: Dataset, checkpoint: Path | None) -> nn.Module:
+def initial_model(config: Config, dataset: Dataset, checkpoint: Path | None) -> nn.Module:
+    """The model that a run begins or goes on with.
+
+    Raises:
+        InputError: weights or vectors cannot be read or do not fit.
+    """
     torch.manual_seed(seed_for(config.seed, "initial weights"))
     model = _build(config, dataset, has_weights=checkpoint is not None)
     if checkpoint:
@@ -280,6 +289,15 @@ def _initial_model(config: Config, dataset: Dataset, checkpoint: Path | None) ->
     elif config.init_from:
         initialise_from(model, Path(config.init_from), config, dataset.vocabulary)
     return model
+
+
+def prepare(
+    config: Config, session: Session, model: nn.Module, plan: BatchPlan
+) -> tuple[nn.Module, Any]:
+    """The model as `session` trains it, and its optimizer."""
+    if config.tags.trim_padding and not config.train.compile and session.is_plain:
+        pack_tags(model)
+    return session.prepare(model, build_optimizer(model, config.optim), plan)
 
 
 def _build(config: Config, dataset: Dataset, has_weights: bool) -> nn.Module:
