@@ -41,7 +41,7 @@ def main() -> None:
         return
     config = _config(given, overrides)
     # Here and not above: loader processes import this file, and need no model.
-    from magneto_dist.recipe import open_data
+    from magneto_dist.parts import open_data
     from magneto_dist.training.process import die_with_launcher
     from magneto_dist.training.session import Session
     from throughput_measure import measure

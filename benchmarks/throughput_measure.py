@@ -24,7 +24,7 @@ from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError
 from magneto_dist.model.backbone import frozen_precision
-from magneto_dist.recipe import derive_plan
+from magneto_dist.parts import derive_plan
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.session import Session
 from throughput_rules import IN_LOADER, IN_TRAINING

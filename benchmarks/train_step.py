@@ -24,7 +24,7 @@ from magneto_dist.data.loader import Loader
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources.demo import ensure_demo
 from magneto_dist.errors import InputError, exit_with_clear_errors
-from magneto_dist.recipe import derive_plan
+from magneto_dist.parts import derive_plan
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.session import Session
 from training_rounds import Rounds, Taken, endless, repeated, training_job

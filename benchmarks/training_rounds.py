@@ -29,7 +29,7 @@ from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.model.norm import commit_batch_norm_statistics
-from magneto_dist.recipe import initial_model, prepare
+from magneto_dist.parts import initial_model, prepare
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.checkpoint_writer import CheckpointWriter
 from magneto_dist.training.heartbeat import Whereabouts

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "training": LEAVES | {"config_io", "data", "model", "loss", "metrics"},
     "evaluation": LEAVES | {"data", "model", "loss", "metrics"},
     "report": LEAVES | {"data", "model", "loss", "metrics", "evaluation", "training"},
+    "parts": LEAVES | {"data", "model", "training"},
     "trained_run": LEAVES | {"config_io", "model", "training"},
     "inference": LEAVES | {"data", "trained_run"},
     "gallery": LEAVES | {"data", "inference"},

@@ -12,7 +12,7 @@ import torch
 from magneto_dist.config_io import load_config
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.shards import Dataset
-from magneto_dist.recipe import derive_plan
+from magneto_dist.parts import derive_plan
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.session import Session
 from processes import REPOSITORY
