@@ -2,8 +2,8 @@
 
 python benchmarks/beyond_paper.py --work FOLDER
 
-1. Data: the demo, and `skewed_demo.py`, whose concepts differ in frequency and which has twice the
-   tags; as many validation as training items.
+1. Data: the demo, and `skewed_demo.py`, whose concepts differ in frequency and which has more tags;
+   as many validation as training items.
 2. A backbone that the recipe trains on other demo data. Then it is frozen, and its features are
    cached in six views: the runs differ in what stands behind it.
 3. `configs/demo.yaml` behind this backbone, as published and with the option, with the same seeds.

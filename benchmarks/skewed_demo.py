@@ -1,4 +1,4 @@
-"""Demo data with what the demo lacks: concepts of very different frequency, and twice the tags.
+"""Demo data with concepts of very different frequency, and with more tags (14 an item, not 9).
 
 1. Scenes as in the demo, but shapes, colours, tints and textures follow Zipf's law.
 2. `_tags`: three to six things that are shown (important) and three to seven that are not; a place,
