@@ -5,9 +5,10 @@ python benchmarks/nus_wide_epoch.py --photos FOLDER_OF_JPEGS
 The paper's way is in `nus_wide_paper.py`. Ours is `launchers/train_nuswide.py` as it is, live and
 with cached features (made before). All see the same pictures (500 x 375 pixels) and tags; most
 items have one tag or two. Each is tried with 1 and 2 loader processes, and with 1 and 2 threads in
-the training process (OMP_NUM_THREADS), for the cores are shared by loader and model; what counts is
-the best of them. Then `nus_wide_split.py` takes each apart:
-core-seconds an image of each stage. Cores / their sum is what is attainable on this machine.
+the training process (OMP_NUM_THREADS), for the cores are shared by loader and model, and ours on 2
+ranks as well, each of which decodes and trains; what counts is the best of them. Then
+`nus_wide_split.py` takes each apart: core-seconds an image of each stage. Cores / their sum is what
+is attainable on this machine.
 
 Weights are random here: they cost the same.
 """
@@ -70,9 +71,10 @@ def main() -> None:
     options.add_argument("--folder", type=Path, help="keeps the pictures (default: does not)")
     options.add_argument("--alone", help=argparse.SUPPRESS)  # one way, in this process
     options.add_argument("--workers", type=int, help=argparse.SUPPRESS)
+    options.add_argument("--ranks", type=int, help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.alone:
-        print(json.dumps(ALONE[given.alone](given.folder, given.workers)), flush=True)
+        print(json.dumps(ALONE[given.alone](given.folder, given.workers, given.ranks)), flush=True)
         os._exit(0)
     if given.items < 4 * BATCH:
         options.error(f"--items {given.items}: at least {4 * BATCH}, four batches")
@@ -84,19 +86,19 @@ def main() -> None:
 
 def _compare(folder: Path, given: argparse.Namespace) -> None:
     ways = [(way, *how) for way in (PAPER, LIVE) for how in ((1, 1), (2, 1), (1, 2))]
-    ways.append((CACHED, 1, 1))
+    ways += [(LIVE, 0, 1, 2), (CACHED, 1, 1), (CACHED, 0, 1, 2)]
     names = {_name(*way): way for way in ways}
     costs: dict[str, list[Cost]] = {name: [] for name in names}
     splits: dict[str, list[Split]] = {way: [] for way in (PAPER, LIVE, CACHED)}
 
     def measure(name: str) -> float:
-        costs[name].append(_start(*names[name], folder))
+        costs[name].append(_start(folder, *names[name]))
         return costs[name][-1]["clock_s"]
 
     timings = compare_measured({name: lambda n=name: measure(n) for name in names}, 1, given.rounds)
     for _ in range(given.rounds):
         for way, found in splits.items():
-            found.append(_start(f"{SPLIT}{way}", 1, 1, folder))
+            found.append(_start(folder, f"{SPLIT}{way}", 1, 1))
     best = {
         way: max((t for t in timings if t.name.startswith(f"{way},")), key=lambda t: t.per_s)
         for way in splits
@@ -132,15 +134,16 @@ def _compare(folder: Path, given: argparse.Namespace) -> None:
         )
 
 
-def _name(way: str, workers: int, threads: int) -> str:
-    return f"{way}, loader processes: {workers}, threads: {threads}"
+def _name(way: str, workers: int, threads: int, ranks: int = 1) -> str:
+    name = f"{way}, loader processes: {workers}, threads: {threads}"
+    return name if ranks == 1 else f"{name}, ranks: {ranks}"
 
 
-def _start(way: str, workers: int, threads: int, folder: Path) -> dict[str, float]:
+def _start(folder: Path, way: str, workers: int, threads: int, ranks: int = 1) -> dict[str, float]:
     """What a way finds out, after warming up, in a process of its own."""
     command = [sys.executable, __file__, "--photos", ".", "--folder", str(folder), "--alone", way]
     done = subprocess.run(
-        [*command, "--workers", str(workers)],
+        [*command, "--workers", str(workers), "--ranks", str(ranks)],
         capture_output=True,
         text=True,
         check=False,
@@ -190,7 +193,7 @@ def _steps(folder: Path) -> tuple[int, int]:
 # Whole ways -------------------------------------------------------------------------------------
 
 
-def _paper(folder: Path, workers: int) -> Cost:
+def _paper(folder: Path, workers: int, _: int) -> Cost:
     steps, warm = _steps(folder)
     network = network_of_paper()
     optimizer = optimizer_of_paper(network)
@@ -207,13 +210,13 @@ def _paper(folder: Path, workers: int) -> Cost:
     }
 
 
-def _ours(folder: Path, workers: int, *more: str, epochs: int = 1) -> Cost:
+def _ours(folder: Path, workers: int, ranks: int, *more: str, epochs: int = 1) -> Cost:
     steps, warm = _steps(folder)
     steps = epochs * steps // warm * warm
     with tempfile.TemporaryDirectory() as run_dir, tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
             [
-                sys.executable,
+                *_python(ranks),
                 str(REPOSITORY / "launchers" / "train_nuswide.py"),
                 f"--data.path={folder / 'shards'}",
                 f"--data.num_workers={workers}",
@@ -241,8 +244,15 @@ def _ours(folder: Path, workers: int, *more: str, epochs: int = 1) -> Cost:
     }
 
 
+def _python(ranks: int) -> list[str]:
+    if ranks == 1:
+        return [sys.executable]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc_per_node", str(ranks), "--"]
+
+
 def _core_s_when_logged(process: subprocess.Popen[bytes], path: Path, step: int) -> float:
-    """What the training process has taken when it logs a step; 0 if it ends before."""
+    """What the training process, if alone, has taken when it logs a step; 0 if it ends before."""
     while process.poll() is None:
         if path.exists() and f'"step": {step},' in path.read_text():
             times = psutil.Process(process.pid).cpu_times()
@@ -251,19 +261,19 @@ def _core_s_when_logged(process: subprocess.Popen[bytes], path: Path, step: int)
     return 0.0
 
 
-def _cached(folder: Path, workers: int) -> Cost:
+def _cached(folder: Path, workers: int, ranks: int) -> Cost:
     more = ["--data.feature_views=1", f"--data.cache_dir={folder / 'cache'}"]
-    return _ours(folder, workers, *more, epochs=CACHED_EPOCHS)
+    return _ours(folder, workers, ranks, *more, epochs=CACHED_EPOCHS)
 
 
 SPLIT = "split of "
-ALONE: dict[str, Callable[[Path, int], dict[str, float]]] = {
+ALONE: dict[str, Callable[[Path, int, int], dict[str, float]]] = {
     PAPER: _paper,
     LIVE: _ours,
     CACHED: _cached,
-    SPLIT + PAPER: lambda folder, _: split_of_paper(folder, _steps(folder)[0]),
-    SPLIT + LIVE: lambda folder, _: split_of_ours(folder, _steps(folder)[0], cached=False),
-    SPLIT + CACHED: lambda folder, _: split_of_ours(folder, _steps(folder)[0], cached=True),
+    SPLIT + PAPER: lambda folder, *_: split_of_paper(folder, _steps(folder)[0]),
+    SPLIT + LIVE: lambda folder, *_: split_of_ours(folder, _steps(folder)[0], cached=False),
+    SPLIT + CACHED: lambda folder, *_: split_of_ours(folder, _steps(folder)[0], cached=True),
 }
 
 if __name__ == "__main__":
