@@ -1,59 +1,73 @@
 """Applies a trained run to pictures and their tags: which tags are the important ones?
 
 python launchers/predict.py --run RUN_DIR --input TABLE.csv --out FILE.jsonl --html FILE.html
-python launchers/predict.py --run RUN_DIR --input DIR_OR_URL --split train --out FILE.jsonl
+python launchers/predict.py --run RUN_DIR --input FOLDER_OF_PICTURES --out FILE.parquet
+torchrun --nproc_per_node 8 -- launchers/predict.py --run RUN_DIR --input SHARDS --out FILE.csv
 
-One line per item, in the order of the input: "key", "predicted" (tags, best first), "tags" and,
-along them, "probability", "image", "tag" (both streams) and "alpha" (weight of the picture), where
-the model has them; "unknown_tags" and "cut_tags" were not scored; or "key" and "error".
+One line per item, in the order of the input: "row" (from 0), "key" (of shards; else the path),
+"predicted" (tags, best first), "tags" and, along them, "kept", "probability", "image", "tag" (both
+streams) and "alpha" (weight of the picture), where the model has them; "unknown_tags" and
+"cut_tags" were not scored; or "row", "key" and "error". The same command goes on after a kill, on
+any number of processes that see the same disk; what is done is in FILE.parts until all is.
 """
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
 from tqdm import tqdm
 
 from magneto_dist.config_io import clear_parser_errors
-from magneto_dist.data.items import Items, ShardItems, open_table
-from magneto_dist.data.shards import Dataset
+from magneto_dist.data.items import Items, open_items
+from magneto_dist.data.parallel import progress_bar
 from magneto_dist.data.sources.table import TableColumns
 from magneto_dist.data.workers import default_num_workers
 from magneto_dist.errors import InputError, exit_with_clear_errors
-from magneto_dist.files import atomic_file, write_atomically
-from magneto_dist.gallery import gallery
+from magneto_dist.files import write_atomically
+from magneto_dist.gallery import MAX_ITEMS, gallery
 from magneto_dist.inference import ItemPrediction, predict
+from magneto_dist.prediction_file import Plan, PredictionFile
 from magneto_dist.trained_run import TrainedRun, load_run
+from magneto_dist.training.process import die_with_launcher, launched_world
+from magneto_dist.world import World
 
-_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+_PageItems = restricted_number_type("_PageItems", int, [(">=", 1), ("<=", MAX_ITEMS)])
+_MOST_TOLD = 20  # items on standard error that could not be scored; --out has them all
 
 
 def main() -> None:
-    """Command line -> --out and --html."""
+    """Command line -> --html, then --out."""
     with clear_parser_errors("predict.py"):
         options = _parser().parse_args()
-    outputs = [Path(path) for path in (options.out, options.html) if path]
-    for path in outputs:
-        if not path.parent.is_dir():
-            raise InputError(f"{path}: there is no folder {path.parent}; make it first")
-    run = load_run(Path(options.run), "cuda" if torch.cuda.is_available() else "cpu")
-    items = _items(options, run)
+    die_with_launcher()
+    world, file = launched_world(), PredictionFile(Path(options.out))
+    if options.html and not Path(options.html).parent.is_dir():
+        raise InputError(f"--html {options.html}: there is no such folder; make it first")
+    device = f"cuda:{world.rank_of_node}" if torch.cuda.is_available() else "cpu"
+    run = load_run(Path(options.run), device)
+    threshold = run.config.train.threshold if options.threshold is None else options.threshold
     try:
-        shown, failed = _predict(run, items, options)
-        if options.html:
-            page = gallery(shown, _threshold(run, options), run.config.data.max_image_megapixels)
-            write_atomically(Path(options.html), page.encode())
+        with file.opened() as scratch:
+            items = _items(options, run, scratch)
+            hashes = run.checkpoint_sha256, items.sha256
+            summary = file.begin(Plan(*hashes, len(items), threshold, options.block_items))
+            if summary is not None:
+                print(f"{file.path}: was done before")
+            if options.html and world.is_main:
+                _write_page(run, items, threshold, options)
+            if summary is None:
+                _write(run, items, file, world, options)
+                summary = file.join()
     except OSError as error:
-        raise InputError(f"{error.filename or outputs[0]}: {error.strerror}") from None
-    print(
-        f"{', '.join(map(str, outputs))}: written, {len(items):,} items of which {failed:,} failed"
-    )
+        raise InputError(f"{error.filename or file.path}: {error.strerror}") from None
+    if summary is not None:  # else another rank will say so
+        print(f"{file.path}: {summary.items:,} items, of which {summary.failed:,} failed")
 
 
 def _parser() -> ArgumentParser:
@@ -63,11 +77,12 @@ def _parser() -> ArgumentParser:
     add(
         "--input",
         required=True,
-        help="data set (folder or URL) or table (csv, tsv, jsonl, parquet)",
+        help="data set (folder or URL), table (csv, tsv, jsonl, parquet), or folder of pictures"
+        " with metadata.csv (or .jsonl ...), or with the tags of NAME.jpg in NAME.txt or NAME.json",
     )
-    add("--out", required=True, help="JSON lines, one per item; replaced when all is done")
-    add("--html", help="page with the first items to look at")
-    add("--html_items", type=PositiveInt, default=200, help="items on that page")
+    add("--out", required=True, help=".jsonl, .csv or .parquet; replaced when all is done")
+    add("--html", help="page with the first items to look at; written before --out")
+    add("--html_items", type=_PageItems, default=200, help=f"on that page, at most {MAX_ITEMS}")
     add("--split", type=Literal["train", "validation"], default="validation", help="of a data set")
     add("--images", help="folder that paths in a table start from; default: the table's")
     add("--columns", type=TableColumns, default=TableColumns(), help="of a table")
@@ -77,46 +92,63 @@ def _parser() -> ArgumentParser:
         help="probability in [0, 1] of a predicted tag; default: the run's",
     )
     add("--batch_size", type=PositiveInt, default=64, help="items per forward pass")
+    add("--block_items", type=PositiveInt, default=2048, help="items that a kill may lose")
     add("--num_workers", type=NonNegativeInt, help="loader processes; default: cores - 1, up to 8")
     return parser
 
 
-def _items(options: Namespace, run: TrainedRun) -> Items:
-    if Path(options.input).suffix.lower() in _TABLES:
-        images = Path(options.images) if options.images else None
-        return open_table(Path(options.input), images, options.columns)
-    dataset = Dataset.open(options.input)
-    if run.config.model.sees_pictures and not dataset.has_images:
-        raise InputError(f"{options.input}: has no pictures, which {run.checkpoint} needs")
-    return ShardItems(dataset, options.split, run.config.model.sees_pictures)
-
-
-def _predict(run: TrainedRun, items: Items, options: Namespace) -> tuple[list[ItemPrediction], int]:
-    """Writes --out; returns what the page shows, and how many items failed."""
-    threshold, shown, failed = _threshold(run, options), [], 0
-    num_shown = options.html_items if options.html else 0
-    num_workers = default_num_workers(1) if options.num_workers is None else options.num_workers
-    predictions = predict(
-        run,
-        items,
-        batch_size=options.batch_size,
-        num_workers=num_workers,
-        num_pictures=num_shown,
+def _items(options: Namespace, run: TrainedRun, scratch: Path) -> Items:
+    return open_items(
+        options.input,
+        scratch,
+        with_images=run.config.model.sees_pictures,
+        split=options.split,
+        images=Path(options.images) if options.images else None,
+        columns=options.columns,
     )
-    with atomic_file(Path(options.out)) as file:
-        for item in tqdm(predictions, total=len(items), unit="item", dynamic_ncols=True):
-            line = json.dumps(item.as_json(threshold), ensure_ascii=False)
-            file.write(line.encode("utf-8", "replace") + b"\n")
-            if len(shown) < num_shown:
-                shown.append(item)
-            if item.error is not None:
-                failed += 1
+
+
+def _write_page(run: TrainedRun, items: Items, threshold: float, options: Namespace) -> None:
+    first = range(min(len(items), options.html_items))
+    shown = predict(
+        run, items, [first], batch_size=options.batch_size, num_workers=0, to_look_at=True
+    )
+    page = gallery(shown, len(items), threshold, run.config)
+    write_atomically(Path(options.html), page.encode())
+    print(f"{options.html}: the first {len(first):,} items to look at", flush=True)
+
+
+def _write(
+    run: TrainedRun, items: Items, file: PredictionFile, world: World, options: Namespace
+) -> None:
+    """Scores this rank's share, less what is there from before."""
+    blocks = file.missing(world.rank, world.num_ranks)
+    num_workers = options.num_workers
+    if num_workers is None:
+        num_workers = default_num_workers(world.ranks_per_node)
+    predictions = predict(
+        run, items, blocks, batch_size=options.batch_size, num_workers=num_workers
+    )
+    name = "predicting" + (f" on rank 0 of {world.num_ranks}" if world.num_ranks > 1 else "")
+    with progress_bar(sum(map(len, blocks)), name) as bar:
+        bar.disable = not world.is_main
+        counted = _counting(predictions, bar)
+        for block in blocks:
+            file.write(block, counted)
+
+
+def _counting(predictions: Iterator[ItemPrediction], bar: tqdm) -> Iterator[ItemPrediction]:
+    """The same; the first ones that could not be scored are told on standard error."""
+    num_failed = 0
+    for item in predictions:
+        bar.update()
+        if item.error is not None:
+            num_failed += 1
+            if num_failed <= _MOST_TOLD:
                 tqdm.write(f"not scored: {item.key}: {item.error}", file=sys.stderr)
-    return shown, failed
-
-
-def _threshold(run: TrainedRun, options: Namespace) -> float:
-    return run.config.train.threshold if options.threshold is None else options.threshold
+            elif num_failed == _MOST_TOLD + 1:
+                tqdm.write("not scored: more, which --out tells of", file=sys.stderr)
+        yield item
 
 
 if __name__ == "__main__":
