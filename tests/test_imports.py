@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "report": LEAVES | {"data", "model", "loss", "metrics", "evaluation", "training"},
     "trained_run": LEAVES | {"config_io", "model", "training"},
     "inference": LEAVES | {"data", "trained_run"},
+    "prediction_file": LEAVES | {"inference"},
     "gallery": LEAVES | {"data", "inference"},
 }
 MAY_IMPORT["scoring"] = set(MAY_IMPORT)
