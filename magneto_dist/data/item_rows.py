@@ -3,7 +3,7 @@
 1. `table_rows` and `folder_rows` yield rows; one that cannot be used says why, and is a row.
 2. `write_rows` puts them into an Arrow file. So millions of rows take no memory, and loader
    processes are handed a path.
-3. `RowsFile` gives any row by its number, from the file mapped into memory.
+3. `RowsFile` gives any row by its number.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -111,36 +109,39 @@ def write_rows(rows: Iterable[ItemRow], folder: Path) -> Path:
     return path
 
 
-@dataclass(frozen=True)
 class RowsFile:
-    """Rows by number; picklable, for it is a path until it is read."""
+    """Rows by number; picklable, for all but the rows read last stays on disk.
 
-    path: Path
-    """As `write_rows` gives it."""
+    Args:
+        path: as `write_rows` gives it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._first, self._read = 0, pa.RecordBatch.from_pylist([], _SCHEMA)
 
     def __len__(self) -> int:
-        with pa.memory_map(str(self.path)) as file, pa.ipc.open_file(file) as reader:
+        with pa.OSFile(str(self._path)) as file, pa.ipc.open_file(file) as reader:
             whole = reader.num_record_batches - 1
-            if whole < 0:
-                return 0
-            return whole * _ROWS_AT_ONCE + reader.get_batch(whole).num_rows
+            last = reader.get_batch(whole).num_rows if whole >= 0 else 0
+            return max(whole, 0) * _ROWS_AT_ONCE + last
 
     def __getitem__(self, number: int) -> ItemRow:
-        batch = self._reader.get_batch(number // _ROWS_AT_ONCE)
-        (cells,) = batch.slice(number % _ROWS_AT_ONCE, 1).to_pylist()
+        if not 0 <= number - self._first < self._read.num_rows:
+            batch = number // _ROWS_AT_ONCE
+            # Not mapped into memory, of which all that was read would then seem to be in use.
+            with pa.OSFile(str(self._path)) as file, pa.ipc.open_file(file) as reader:
+                self._first, self._read = batch * _ROWS_AT_ONCE, reader.get_batch(batch)
+        (cells,) = self._read.slice(number - self._first, 1).to_pylist()
         return ItemRow(**cells)
 
     @property
     def sha256(self) -> str:
         """Of all rows."""
-        return self.path.stem.removeprefix("rows-")
+        return self._path.stem.removeprefix("rows-")
 
-    def __getstate__(self) -> dict[str, Path]:
-        return {"path": self.path}
-
-    @cached_property
-    def _reader(self) -> pa.ipc.RecordBatchFileReader:
-        return pa.ipc.open_file(pa.memory_map(str(self.path)))
+    def __reduce__(self) -> tuple[type[RowsFile], tuple[Path]]:
+        return RowsFile, (self._path,)
 
 
 def _table_row(where: str, cells: Cells | str, columns: TableColumns) -> ItemRow:
