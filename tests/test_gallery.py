@@ -264,7 +264,7 @@ def test_attention_of_a_chosen_tag_lies_over_what_the_model_saw(opened):
     assert seen["x"] - shown["x"] == pytest.approx(shown["width"] * 11 / 64, abs=1)
     assert seen["width"] == pytest.approx(shown["width"] * 42 / 64, abs=1)
     text = find(opened, "article:nth-child(2) .looks")[0].text
-    assert text == "“sea”: 40.0 % of its attention on one of 4 regions (evenly: 25.0 %)"
+    assert text == "attention: up to 40.0 % on one of 4 regions"
     press(opened, "ESCAPE")
     assert find(opened, ".seen") == []
     tag = find(opened, "article:nth-child(3) li button")[0]
