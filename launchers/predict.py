@@ -13,32 +13,25 @@ any number of processes that see the same disk; what is done is in FILE.parts un
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
-from tqdm import tqdm
 
 from magneto_dist.config_io import clear_parser_errors
 from magneto_dist.data.items import Items, open_items
-from magneto_dist.data.parallel import progress_bar
 from magneto_dist.data.sources.table import TableColumns
 from magneto_dist.data.workers import default_num_workers
 from magneto_dist.errors import InputError, exit_with_clear_errors
-from magneto_dist.files import write_atomically
-from magneto_dist.gallery import MAX_ITEMS, gallery
-from magneto_dist.inference import ItemPrediction, predict
+from magneto_dist.gallery import MAX_ITEMS
 from magneto_dist.prediction_file import Plan, PredictionFile
+from magneto_dist.prediction_run import predict_to_file, predict_to_page
 from magneto_dist.trained_run import TrainedRun, load_run
 from magneto_dist.training.process import die_with_launcher, launched_world
-from magneto_dist.world import World
 
 _PageItems = restricted_number_type("_PageItems", int, [(">=", 1), ("<=", MAX_ITEMS)])
-_MOST_TOLD = 20  # items on standard error that could not be scored; --out has them all
 
 
 def main() -> None:
@@ -52,6 +45,9 @@ def main() -> None:
     device = f"cuda:{world.rank_of_node}" if torch.cuda.is_available() else "cpu"
     run = load_run(Path(options.run), device)
     threshold = run.config.train.threshold if options.threshold is None else options.threshold
+    num_workers = options.num_workers
+    if num_workers is None:
+        num_workers = default_num_workers(world.ranks_per_node)
     try:
         with file.opened() as scratch:
             items = _items(options, run, scratch)
@@ -60,9 +56,18 @@ def main() -> None:
             if summary is not None:
                 print(f"{file.path}: was done before")
             if options.html and world.is_main:
-                _write_page(run, items, threshold, options)
+                shown = predict_to_page(
+                    run,
+                    items,
+                    Path(options.html),
+                    threshold=threshold,
+                    num_items=options.html_items,
+                    batch_size=options.batch_size,
+                )
+                print(f"{options.html}: the first {shown:,} items to look at", flush=True)
             if summary is None:
-                _write(run, items, file, world, options)
+                sizes = {"batch_size": options.batch_size, "num_workers": num_workers}
+                predict_to_file(run, items, file, world, **sizes)
                 summary = file.join()
     except OSError as error:
         raise InputError(f"{error.filename or file.path}: {error.strerror}") from None
@@ -106,49 +111,6 @@ def _items(options: Namespace, run: TrainedRun, scratch: Path) -> Items:
         images=Path(options.images) if options.images else None,
         columns=options.columns,
     )
-
-
-def _write_page(run: TrainedRun, items: Items, threshold: float, options: Namespace) -> None:
-    first = range(min(len(items), options.html_items))
-    shown = predict(
-        run, items, [first], batch_size=options.batch_size, num_workers=0, to_look_at=True
-    )
-    page = gallery(shown, len(items), threshold, run.config)
-    write_atomically(Path(options.html), page.encode())
-    print(f"{options.html}: the first {len(first):,} items to look at", flush=True)
-
-
-def _write(
-    run: TrainedRun, items: Items, file: PredictionFile, world: World, options: Namespace
-) -> None:
-    """Scores this rank's share, less what is there from before."""
-    blocks = file.missing(world.rank, world.num_ranks)
-    num_workers = options.num_workers
-    if num_workers is None:
-        num_workers = default_num_workers(world.ranks_per_node)
-    predictions = predict(
-        run, items, blocks, batch_size=options.batch_size, num_workers=num_workers
-    )
-    name = "predicting" + (f" on rank 0 of {world.num_ranks}" if world.num_ranks > 1 else "")
-    with progress_bar(sum(map(len, blocks)), name) as bar:
-        bar.disable = not world.is_main
-        counted = _counting(predictions, bar)
-        for block in blocks:
-            file.write(block, counted)
-
-
-def _counting(predictions: Iterator[ItemPrediction], bar: tqdm) -> Iterator[ItemPrediction]:
-    """The same; the first ones that could not be scored are told on standard error."""
-    num_failed = 0
-    for item in predictions:
-        bar.update()
-        if item.error is not None:
-            num_failed += 1
-            if num_failed <= _MOST_TOLD:
-                tqdm.write(f"not scored: {item.key}: {item.error}", file=sys.stderr)
-            elif num_failed == _MOST_TOLD + 1:
-                tqdm.write("not scored: more, which --out tells of", file=sys.stderr)
-        yield item
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "inference": LEAVES | {"data", "trained_run"},
     "prediction_file": LEAVES | {"inference"},
     "gallery": LEAVES | {"data", "inference"},
+    "prediction_run": LEAVES | {"data", "inference", "gallery", "prediction_file", "trained_run"},
 }
 MAY_IMPORT["scoring"] = set(MAY_IMPORT)
 MAY_IMPORT["export"] = set(MAY_IMPORT)
