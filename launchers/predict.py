@@ -52,9 +52,7 @@ def main() -> None:
         with file.opened() as scratch:
             items = _items(options, run, scratch)
             hashes = run.checkpoint_sha256, items.sha256
-            summary = file.begin(Plan(*hashes, len(items), threshold, options.block_items))
-            if summary is not None:
-                print(f"{file.path}: was done before")
+            done_before = file.begin(Plan(*hashes, len(items), threshold, options.block_items))
             if options.html and world.is_main:
                 shown = predict_to_page(
                     run,
@@ -65,14 +63,17 @@ def main() -> None:
                     batch_size=options.batch_size,
                 )
                 print(f"{options.html}: the first {shown:,} items to look at", flush=True)
-            if summary is None:
+            if done_before is None:
                 sizes = {"batch_size": options.batch_size, "num_workers": num_workers}
                 predict_to_file(run, items, file, world, **sizes)
                 summary = file.join()
+            else:
+                summary = done_before if world.is_main else None
     except OSError as error:
         raise InputError(f"{error.filename or file.path}: {error.strerror}") from None
     if summary is not None:  # else another rank will say so
-        print(f"{file.path}: {summary.items:,} items, of which {summary.failed:,} failed")
+        done = "was done before, " if done_before else ""
+        print(f"{file.path}: {done}{summary.items:,} items, of which {summary.failed:,} failed")
 
 
 def _parser() -> ArgumentParser:

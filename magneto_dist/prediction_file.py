@@ -144,7 +144,7 @@ class PredictionFile:
                 file.write(text.encode("utf-8", "replace") + b"\n")
 
     def join(self) -> Summary | None:
-        """Makes the file if all parts are there; None: others are still writing.
+        """Makes the file if all parts are there; None: another rank has done it, or will.
 
         Raises:
             InputError: a part is damaged.
@@ -152,9 +152,10 @@ class PredictionFile:
         with (self.parts / "joining").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             is_complete = all(self._part(block).exists() for block in self._blocks())
-            if is_complete and self._summary() is None:
-                self._join()
-        return self._summary()
+            if not is_complete or self._summary() is not None:
+                return None
+            self._join()
+            return self._summary()
 
     def _shared_lock(self) -> BinaryIO:
         while True:

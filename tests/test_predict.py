@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from signal import SIGINT, SIGKILL
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -207,13 +207,15 @@ def test_killed_runs_go_on_and_give_the_bytes_of_one_that_was_not(
     more = TRAINING_ITEMS
     run("predict.py", *options(run_dir, demo_shards, whole, *more))
     parts = tmp_path / "out.jsonl.parts"
-    for count, num_ranks in zip((3, 9), ranks[:2], strict=True):
+    # A kill, and Ctrl-C.
+    for count, num_ranks, stop in zip((3, 9), ranks[:2], (SIGKILL, SIGINT), strict=True):
         started = launch("predict.py", *options(run_dir, demo_shards, out, *more), ranks=num_ranks)
         wait_for_parts(parts, count)
         for rank in started.ranks:
             if rank.poll() is None:
-                rank.send_signal(signal.SIGKILL)
-        started.communicate(timeout=PATIENCE_S)
+                rank.send_signal(stop)
+        output, _ = started.communicate(timeout=PATIENCE_S)
+        assert (started.returncode == 130) == (stop == SIGINT), output
         assert not out.exists()
     num_kept = len(list(parts.glob("part-*")))
     (parts / ".part-00000099.jsonl.1.tmp").write_text("half a li")
@@ -226,7 +228,7 @@ def test_killed_runs_go_on_and_give_the_bytes_of_one_that_was_not(
     assert out.read_bytes() == whole.read_bytes()
     assert not parts.exists()
     again = run("predict.py", *options(run_dir, demo_shards, out, *more), ranks=ranks[2])
-    assert "was done before" in again
+    assert again.count("was done before, 90 items, of which 0 failed") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "out.jsonl", "out.jsonl.summary.json", "whole.jsonl", "whole.jsonl.summary.json",
     ]  # fmt: skip
@@ -245,7 +247,7 @@ def test_what_was_begun_goes_on_with_nothing_else(run_dir, demo_shards, table, t
     more = TRAINING_ITEMS
     started = launch("predict.py", *options(run_dir, demo_shards, out, *more))
     wait_for_parts(tmp_path / "out.jsonl.parts", 2)
-    started.ranks[0].send_signal(signal.SIGKILL)
+    started.ranks[0].send_signal(SIGKILL)
     started.communicate(timeout=PATIENCE_S)
     error = refused("predict.py", *options(run_dir, table, out))
     assert "another input and items and block_items" in error
