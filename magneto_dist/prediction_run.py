@@ -78,6 +78,8 @@ def _counted(predictions: Iterator[ItemPrediction], bar: tqdm) -> Iterator[ItemP
     """The same; the first ones that could not be scored are told."""
     num_failed = 0
     for item in predictions:
+        if bar.n == 0:
+            bar.unpause()  # the start of loader processes says nothing of the time that is left
         bar.update()
         if item.error is not None:
             num_failed += 1
