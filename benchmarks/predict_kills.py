@@ -7,8 +7,9 @@ python benchmarks/predict_kills.py --items 100000
 2. predict.py is killed (SIGKILL, with all its processes) after a tenth and after a fifth of the
    items, and then goes on to the end.
 3. The tally: rows by how often they are in the output, rows that failed; it must be each once.
-4. The memory of all processes together (proportional set size, MB, each page counted once), the
-   median of the samples in each tenth of the items.
+4. The memory that all processes together have asked for (MB; without files that are mapped, of
+   which other processes share many), from the first part of the last run on: the median in each
+   tenth of the items.
 """
 
 from __future__ import annotations
@@ -129,12 +130,13 @@ def _watch(
 ) -> list[tuple[float, float]]:
     """(share of items done, MB), until so many are done, when all is killed, or to the end."""
     seen: list[tuple[float, float]] = []
-    done = 0.0
+    done = begun_at = len(list(parts.glob("part-*"))) * block_items / items
     while process.poll() is None:
         # At the end there are none any more.
         done = max(done, len(list(parts.glob("part-*"))) * block_items / items)
         family = _family(process.pid)
-        seen.append((done, sum(map(_pss_mb, family))))
+        if done > begun_at:
+            seen.append((done, sum(map(_memory_mb, family))))
         if done >= stop_at:
             for each in family:
                 each.send_signal(signal.SIGKILL)
@@ -153,11 +155,14 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _pss_mb(process: psutil.Process) -> float:
+def _memory_mb(process: psutil.Process) -> float:
+    """Each page counted once, though several processes may share it."""
     try:
-        return process.memory_full_info().pss / 1e6
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:  # it has ended
         return 0.0
+    kilobytes = {name: int(size) for name, size, _ in map(str.split, lines)}
+    return (kilobytes["Pss_Anon:"] + kilobytes["Pss_Shmem:"]) * 1024 / 1e6
 
 
 def _launch(through: list[str], launcher: str, *options: str) -> subprocess.Popen[bytes]:
