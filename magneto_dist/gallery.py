@@ -1,88 +1,119 @@
-"""Predictions to look at: a page of pictures, each with its tags, in one file without scripts.
+"""Predictions to look at: a page of pictures, each with its tags, in one file without a network.
 
-Green tags are predicted. The bar behind a tag is its probability, the number beside it too; the
-smaller one is alpha, the weight of the picture in it.
+`gallery.html` beside this file is the page, with its style and its script; `gallery` puts the items
+into it as JSON. Pictures are small JPEGs, attention is 8 bits a region.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
-from html import escape
+import json
+from collections.abc import Iterable
+from math import isqrt
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+from jaxtyping import Float32
 from PIL import Image
 
+from magneto_dist.config import Config
+from magneto_dist.data.augment import evaluation_augmentation
 from magneto_dist.data.decode_cpu import decode_image
 from magneto_dist.data.sample import BadSample
 from magneto_dist.inference import ItemPrediction
 
+MAX_ITEMS = 1000
+"""Of a page: some 25 MB, which a phone can still open."""
 _THUMBNAIL_PIXELS = 320  # of the longer side
 _QUALITY = 80  # of its JPEG
-
-_STYLE = """
-body { font: 14px system-ui, sans-serif; margin: 1.5rem; background: #fafafa; color: #222 }
-main { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)) }
-figure { margin: 0; padding: .75rem; background: #fff; border: 1px solid #ddd; border-radius: 6px }
-img { max-width: 100%; display: block; margin: 0 auto .5rem }
-figcaption { font-size: 12px; color: #666; overflow-wrap: anywhere }
-ul { list-style: none; margin: .4rem 0 0; padding: 0 }
-li { display: flex; gap: .5rem; padding: 1px 4px; margin: 1px 0 }
-li span:first-child { flex: 1; overflow-wrap: anywhere }
-li.yes { font-weight: 600; color: #14532d }
-small { color: #888; min-width: 2.6rem; text-align: right }
-.error { color: #b91c1c }
-"""
+_PAGE = Path(__file__).with_name("gallery.html")
 
 
-def gallery(predictions: Sequence[ItemPrediction], threshold: float, max_megapixels: float) -> str:
+def gallery(
+    predictions: Iterable[ItemPrediction], total: int, threshold: float, config: Config
+) -> str:
     """The page, HTML in UTF-8.
 
     Args:
-        predictions: in the order of the page; with their encoded pictures where they have one.
+        predictions: in the order of the page, at most MAX_ITEMS; with their encoded pictures and
+            attention where they have any.
+        total: items there are, of which these are the first.
         threshold: probability from which on a tag is predicted.
-        max_megapixels: larger pictures are not shown.
+        config: of the run; larger pictures than it allows are not shown.
     """
-    figures = "\n".join(_figure(item, threshold, max_megapixels) for item in predictions)
-    return (
-        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{len(predictions)} predictions</title>\n<style>{_STYLE}</style>\n"
-        f"<h1>{len(predictions)} predictions</h1>\n"
-        f"<p>Green: important, from probability {threshold:g} on. Right of it: &alpha;, the weight"
-        f" of the picture.</p>\n<main>\n{figures}\n</main>\n</html>\n"
-    )
+    items = [_item(item, config) for item in predictions]
+    data = {
+        "total": total,
+        "threshold": threshold,
+        "has_alpha": any("alpha" in tag for item in items for tag in item["tags"]),
+        "has_attention": any("attention" in item for item in items),
+        "items": items,
+    }
+    # No tag, whatever it is, ends the script element that it lies in.
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return _PAGE.read_text(encoding="utf-8").replace("@@DATA@@", text)
 
 
-def _figure(item: ItemPrediction, threshold: float, max_megapixels: float) -> str:
-    small = thumbnail(item.picture, max_megapixels) if item.picture else None
-    picture = base64.b64encode(small).decode("ascii") if small else ""
-    shown = f'<img alt="" src="data:image/jpeg;base64,{picture}">' if picture else ""
-    order = sorted(range(len(item.tags)), key=lambda slot: -item.probability[slot])
-    lines = "".join(_line(item, slot, threshold) for slot in order)
+def _item(item: ItemPrediction, config: Config) -> dict[str, Any]:
+    order = sorted(range(len(item.probability)), key=lambda slot: -item.probability[slot])
     notes = [
-        f'<p class="error">{escape(item.error)}</p>' if item.error else "",
-        _note("unknown", item.unknown_tags),
-        _note("beyond the longest list", item.cut_tags),
+        f"{what}: {', '.join(tags)}"
+        for what, tags in (
+            ("not in the vocabulary", item.unknown_tags),
+            ("beyond the longest list", item.cut_tags),
+        )
+        if tags
     ]
-    caption = f"<figcaption>{escape(item.key)}{''.join(notes)}</figcaption>"
-    return f"<figure>{shown}{caption}<ul>{lines}</ul></figure>"
+    values: dict[str, Any] = {
+        "key": item.key,
+        "error": item.error,
+        "notes": notes,
+        "tags": [_tag(item, slot) for slot in order],
+    }
+    small = thumbnail(item.picture, config.data.max_image_megapixels) if item.picture else None
+    if small is None:
+        return values
+    width, height = Image.open(io.BytesIO(small)).size
+    values |= {"picture": _base64(small), "size": [width, height]}
+    if item.attention is not None:
+        box = evaluation_augmentation(config.augment).box(height, width)
+        values["attention"] = _attention(item.attention[order], box, height, width)
+    return values
 
 
-def _line(item: ItemPrediction, slot: int, threshold: float) -> str:
-    probability = item.probability[slot]
-    percent = 100 * probability
-    colour = "#bbf7d0" if probability >= threshold else "#eee"
-    bar = f"background:linear-gradient(to right,{colour} {percent:.1f}%,transparent {percent:.1f}%)"
-    alpha = "" if item.alpha is None else f"<small>{item.alpha[slot]:.2f}</small>"
-    return (
-        f'<li class="{"yes" if probability >= threshold else "no"}" style="{bar}">'
-        f"<span>{escape(item.tags[slot])}</span><small>{probability:.2f}</small>{alpha}</li>"
-    )
+def _tag(item: ItemPrediction, slot: int) -> dict[str, Any]:
+    tag: dict[str, Any] = {"name": item.tags[slot], "p": round(item.probability[slot], 4)}
+    for name in ("alpha", "image", "tag"):
+        numbers = getattr(item, name)
+        if numbers is not None:
+            tag[name] = round(numbers[slot], 3)
+    if item.important is not None:
+        tag["important"] = item.important[slot]
+    return tag
 
 
-def _note(what: str, tags: Sequence[str]) -> str:
-    return f"<br>{what}: {escape(', '.join(tags))}" if tags else ""
+def _attention(
+    weights: Float32[np.ndarray, "tag region"],
+    box: tuple[int, int, int, int],
+    height: int,
+    width: int,
+) -> dict[str, Any]:
+    """As shares of each tag's largest weight in 255ths; `window`: left, top, width, height."""
+    most = weights.max(axis=1, keepdims=True)
+    shares = np.rint(255 * weights / most).astype(np.uint8)
+    top, left, box_height, box_width = box
+    return {
+        "side": isqrt(weights.shape[1]),
+        "window": [left / width, top / height, box_width / width, box_height / height],
+        "most": [round(float(value), 4) for value in most[:, 0]],
+        "shares": _base64(shares.tobytes()),
+    }
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
 
 
 def thumbnail(content: bytes, max_megapixels: float) -> bytes | None:

@@ -3,18 +3,20 @@
 1. `ScoringBatches`, in loader processes: items -> decoded batches; tags that the run does not know
    and tags that find no slot are set aside, not lost.
 2. `predict`: batches -> `ItemPrediction`s, in the order of the items.
+3. `attention_kept`: where the tags of a batch looked in its pictures, from the forward pass itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, UInt8
-from torch import Tensor
+from jaxtyping import Bool, Float32, Int64, UInt8
+from torch import Tensor, nn
 
 from magneto_dist.batch import Prediction
 from magneto_dist.config import Config
@@ -53,8 +55,13 @@ class ItemPrediction:
     """Tags of the item that are not in the run's vocabulary."""
     cut_tags: tuple[str, ...] = ()
     """Tags beyond the run's longest list (tags.max_tags)."""
+    important: tuple[bool, ...] | None = None
+    """Which tags are known to be; None: not known."""
     picture: bytes | None = None
     """As it came; only if asked for."""
+    attention: Float32[np.ndarray, "tag region"] | None = None
+    """How much each tag looked at each region of the square that the model saw, row by row: the
+    mean over the heads, 1 in all; only if asked for, None: the model has no such attention."""
 
     def as_json(self, threshold: float) -> dict[str, Any]:
         """One line of the output: `predicted` holds the tags from `threshold` on, best first."""
@@ -65,6 +72,7 @@ class ItemPrediction:
             "key": self.key,
             "predicted": [tag for probability, tag in ranked if probability >= threshold],
             "tags": list(self.tags),
+            "kept": [probability >= threshold for probability in self.probability],
         }
         for name in ("probability", "image", "tag", "alpha"):
             numbers = getattr(self, name)
@@ -93,22 +101,15 @@ class _ScoringBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoringBatches(torch.utils.data.Dataset[Any]):
-    """Batches by their number; picklable."""
+    """Batches by the numbers of their items; picklable."""
 
     items: Items
     vocabulary: Vocabulary
     config: Config
-    batch_size: int
-    with_pixels: bool
-    num_pictures: int
-    """So many first items keep their encoded picture."""
+    keep_pictures: bool
+    """Encoded, as they came."""
 
-    def __len__(self) -> int:
-        return -(-len(self.items) // self.batch_size)
-
-    def __getitem__(self, number: int) -> _ScoringBatch | InputError:
-        first = number * self.batch_size
-        numbers = range(first, min(first + self.batch_size, len(self.items)))
+    def __getitem__(self, numbers: range) -> _ScoringBatch | InputError:
         try:
             samples = self.items.read(numbers)
         except InputError as error:  # as a value: torch would wrap a raised one
@@ -127,8 +128,8 @@ class ScoringBatches(torch.utils.data.Dataset[Any]):
         )
         pixels, errors = self._pixels(samples)
         items = [
-            self._item(sample, tags, error, keep_picture=number < self.num_pictures)
-            for number, sample, tags, error in zip(numbers, samples, known, errors, strict=True)
+            self._item(sample, tags, error)
+            for sample, tags, error in zip(samples, known, errors, strict=True)
         ]
         tag_ids, tag_mask = torch.from_numpy(slots.tag_ids), torch.from_numpy(slots.tag_mask)
         return _ScoringBatch(items, tag_ids, tag_mask, pixels)
@@ -138,7 +139,7 @@ class ScoringBatches(torch.utils.data.Dataset[Any]):
     ) -> tuple[UInt8[Tensor, "batch 3 height width"] | None, Sequence[str | None]]:
         sound: list[str | None] = [None] * len(samples)
         size = self.config.augment.image_size
-        if not self.with_pixels:
+        if not self.config.model.sees_pictures:
             return None, sound
         if self.config.data.constant_image:
             return torch.full((len(samples), 3, size, size), GREY, dtype=torch.uint8), sound
@@ -152,7 +153,6 @@ class ScoringBatches(torch.utils.data.Dataset[Any]):
         sample: Sample | BadSample,
         known: Sequence[str],
         error: str | None,
-        keep_picture: bool,
     ) -> ItemPrediction:
         if isinstance(sample, BadSample):
             return ItemPrediction(sample.key, sample.reason)
@@ -165,52 +165,97 @@ class ScoringBatches(torch.utils.data.Dataset[Any]):
             tags=tuple(known[:slots]),
             unknown_tags=tuple(tag for tag in sample.tags if tag not in self.vocabulary),
             cut_tags=tuple(known[slots:]),
-            picture=sample.image if keep_picture else None,
+            important=_known_flags(sample, known[:slots]),
+            picture=sample.image if self.keep_pictures else None,
         )
 
 
 def predict(
     run: TrainedRun,
     items: Items,
+    blocks: Sequence[range],
     *,
     batch_size: int,
     num_workers: int,
-    num_pictures: int = 0,
+    to_look_at: bool = False,
     temperature: float | None = None,
 ) -> Iterator[ItemPrediction]:
-    """Scores all items, in their order, on the device of the run's model.
+    """Scores items, in the order of the blocks, on the device of the run's model.
 
     Args:
         run: from `load_run`; its precision is used.
         items: to score; those without usable picture or tags come back with an error.
+        blocks: numbers of the items; a batch lies in one block, so that what is said of an item
+            does not depend on which blocks come before.
         batch_size: items per forward pass.
         num_workers: loader processes; 0: none.
-        num_pictures: so many first items come back with their encoded picture.
+        to_look_at: they come with their encoded picture and with attention.
         temperature: what the final output's log-odds are divided by; None: nothing.
 
     Raises:
         InputError: the items cannot be read, or a loader process was killed or hangs.
     """
-    batches = ScoringBatches(
-        items, run.vocabulary, run.config, batch_size, run.config.model.sees_pictures, num_pictures
-    )
     device = next(run.model.parameters()).device
+    # Of a grey picture it would be shown on one that the model has not seen.
+    has_attention = to_look_at and not run.config.data.constant_image
     loaded = run_loader(
-        batches,
-        range(len(batches)),
+        ScoringBatches(items, run.vocabulary, run.config, keep_pictures=to_look_at),
+        [
+            block[first : first + batch_size]
+            for block in blocks
+            for first in range(0, len(block), batch_size)
+        ],
         num_workers=num_workers,
         prefetch=run.config.data.prefetch_batches,
         pin=device.type == "cuda",
         timeout_s=run.config.data.loader_timeout_s,
     )
     for batch in loaded:
-        with torch.no_grad(), run.autocast(device):
+        with ExitStack() as stack:
+            kept = stack.enter_context(attention_kept(run.model)) if has_attention else []
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(run.autocast(device))
             prediction = run.model(
                 batch.tag_ids.to(device, non_blocking=True),
                 batch.tag_mask.to(device, non_blocking=True),
                 None if batch.pixels is None else batch.pixels.to(device, non_blocking=True),
             )
-        yield from _with_scores(batch.items, prediction, temperature)
+        attention = kept[0] if kept else None
+        yield from _with_scores(batch.items, prediction, temperature, attention)
+
+
+@contextmanager
+def attention_kept(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The weights of tags over regions in each forward pass of the block, the mean over the heads.
+
+    They are what the pass itself has computed with, each [batch, slot, region]; the list stays
+    empty where no tag looks at a picture.
+    """
+    kept: list[Tensor] = []
+    stream = getattr(model, "image_stream", None)
+    if stream is None:
+        yield kept
+        return
+    attention: nn.Module = stream.attention
+    hooks = (
+        attention.register_forward_pre_hook(
+            lambda _module, args, kwargs: (args, {**kwargs, "need_weights": True}),
+            with_kwargs=True,
+        ),
+        attention.register_forward_hook(lambda _module, _args, output: kept.append(output[1])),
+    )
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _known_flags(sample: Sample, tags: Sequence[str]) -> tuple[bool, ...] | None:
+    if sample.important is None:
+        return None
+    flags = dict(zip(sample.tags, sample.important, strict=True))
+    return tuple(flags[tag] for tag in tags)
 
 
 def _known_tags(sample: Sample | BadSample, vocabulary: Vocabulary) -> list[str]:
@@ -219,7 +264,10 @@ def _known_tags(sample: Sample | BadSample, vocabulary: Vocabulary) -> list[str]
 
 
 def _with_scores(
-    items: Sequence[ItemPrediction], prediction: Prediction, temperature: float | None
+    items: Sequence[ItemPrediction],
+    prediction: Prediction,
+    temperature: float | None,
+    attention: Tensor | None,
 ) -> Iterator[ItemPrediction]:
     head = prediction.heads[0]
     scores = {"probability": prediction.probability(head)}
@@ -234,5 +282,7 @@ def _with_scores(
         if item.error is not None:
             yield ItemPrediction(item.key, item.error, picture=item.picture)
         else:
-            of_item = {name: tuple(rows[name][row][: len(item.tags)]) for name in rows}
-            yield replace(item, **of_item)
+            num_tags = len(item.tags)
+            of_item = {name: tuple(rows[name][row][:num_tags]) for name in rows}
+            looks = None if attention is None else attention[row, :num_tags].float().cpu().numpy()
+            yield replace(item, **of_item, attention=looks)

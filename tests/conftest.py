@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from processes import end_what_is_left
+from processes import TINY, end_what_is_left, run
 from warm import Warm, end_shared, shared
 
 # Before torch is imported: several test processes share the cores, and threads that wait spin.
@@ -51,3 +51,12 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def warm() -> Warm:
     """A process from which launchers fork: for tests that start many."""
     return shared()
+
+
+@pytest.fixture(scope="session")
+def run_dir(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run on them, never moved."""
+    folder = tmp_path_factory.mktemp("runs") / "geübt"
+    options = [*TINY, f"--data.path={demo_shards}", f"--output_dir={folder}", "--max_steps=4"]
+    run("train_ls.py", *options)
+    return folder

@@ -90,6 +90,16 @@ def run(
     return output
 
 
+def refused(launcher: str, *options: str) -> str:
+    """The one line with which bad input ends."""
+    process = launch(launcher, *options)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    return error
+
+
 def losses(run_dir: Path) -> dict[int, float]:
     """Training loss of every logged step; no step may be logged twice."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "parts": LEAVES | {"data", "model", "training"},
     "trained_run": LEAVES | {"config_io", "model", "training"},
     "inference": LEAVES | {"data", "trained_run"},
+    "prediction_file": LEAVES | {"inference"},
     "gallery": LEAVES | {"data", "inference"},
+    "prediction_run": LEAVES | {"data", "inference", "gallery", "prediction_file", "trained_run"},
 }
 MAY_IMPORT["scoring"] = set(MAY_IMPORT)
 MAY_IMPORT["export"] = set(MAY_IMPORT)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import csv
-import io
 import json
 import re
 import shutil
@@ -13,66 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
-from magneto_dist.data.augment import evaluation_augmentation
-from magneto_dist.data.decode_cpu import CpuDecoder
-from magneto_dist.data.shards import Dataset
-from magneto_dist.data.stream import SampleReader
 from magneto_dist.errors import InputError
 from magneto_dist.export import load_exported
-from magneto_dist.gallery import gallery
-from magneto_dist.inference import ItemPrediction
 from magneto_dist.trained_run import load_run
-from processes import TINY, damage_picture, launch, run, summary
-from warm import PATIENCE_S, REPOSITORY
+from processes import TINY, damage_picture, refused, run, summary
+from warm import REPOSITORY
 
 NUM_ITEMS = 22  # of the validation split
 
 
-@pytest.fixture(scope="module")
-def run_dir(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run, never moved."""
-    folder = tmp_path_factory.mktemp("runs") / "geübt"
-    options = [*TINY, f"--data.path={demo_shards}", f"--output_dir={folder}", "--max_steps=4"]
-    run("train_ls.py", *options)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def table(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The validation items as pictures and a CSV; some are not as they should be."""
-    folder = tmp_path_factory.mktemp("table")
-    dataset = Dataset.open(str(demo_shards))
-    reader = SampleReader(dataset, "validation", with_images=True)
-    rows = []
-    for raw in reader.read(torch.arange(NUM_ITEMS).numpy()):
-        assert raw.image
-        (folder / f"{raw.key}.jpg").write_bytes(raw.image)
-        rows.append([f"{raw.key}.jpg", ",".join(json.loads(raw.annotation)["tags"])])
-    rows[1][1] += ",été <b>"
-    rows[2][1] = "nobody knows this"
-    rows[3][1] = ""
-    rows[4][0] = "absent.jpg"
-    (folder / rows[5][0]).write_bytes(b"no picture")
-    rows[6][1] = ",".join(dataset.vocabulary.tags[:15])  # 12 slots
-    with (folder / "items.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["file_name", "tags"], *rows])
-    return folder / "items.csv"
-
-
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def refused(launcher: str, *options: str) -> str:
-    """The one line with which bad input ends."""
-    process = launch(launcher, *options)
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 2, output
-    assert "Traceback" not in output
-    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    return error
 
 
 # evaluate ---------------------------------------------------------------------------------------
@@ -105,79 +54,6 @@ def test_evaluation_refuses_another_vocabulary(run_dir, demo_shards, tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     for launcher, more in (("evaluate.py", ()), ("export.py", ("--out", str(tmp_path / "o")))):
         assert "no run there" in refused(launcher, "--run", str(tmp_path), *more)
-
-
-# predict ----------------------------------------------------------------------------------------
-
-
-def test_prediction_of_a_table(run_dir, table, tmp_path):
-    out, page = tmp_path / "vorhergesagt.jsonl", tmp_path / "page.html"
-    run("predict.py", "--run", str(run_dir), "--input", str(table), "--out", str(out),
-        "--html", str(page), "--html_items", "8", "--batch_size", "5",
-        "--threshold", "0.4")  # fmt: skip
-    items = lines(out)
-    assert len(items) == NUM_ITEMS
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [item["key"] for item in items] == [Path(row["file_name"]).stem for row in rows]
-    assert items[1]["unknown_tags"] == ["été <b>"]
-    assert items[2] == {"key": items[2]["key"], "error": "no tag of it is in the run's vocabulary"}
-    assert items[3]["error"] == "has no tags"
-    assert "absent.jpg" in items[4]["error"]
-    assert "neither JPEG" in items[5]["error"]
-    assert len(items[6]["tags"]) == 12
-    assert len(items[6]["cut_tags"]) == 3
-    for item in items:
-        if "error" in item:
-            continue
-        scores = dict(zip(item["tags"], item["probability"], strict=True))
-        expected = sorted((t for t in scores if scores[t] >= 0.4), key=lambda t: -scores[t])
-        assert sorted(item["predicted"]) == sorted(expected)
-        for final, image, tag, alpha in zip(
-            *(item[name] for name in ("probability", "image", "tag", "alpha")), strict=True
-        ):
-            assert final == pytest.approx(alpha * image + (1 - alpha) * tag, abs=1e-5)
-    html = page.read_text(encoding="utf-8")
-    assert html.count("<figure>") == 8
-    assert html.count("data:image/jpeg;base64,") == 6  # one is absent, one no picture
-    assert "été &lt;b&gt;" in html
-    assert "<b>" not in html
-    assert not re.search("<script|https?:", html)
-
-
-def test_prediction_of_shards_is_that_of_the_model(run_dir, demo_shards, tmp_path):
-    out = tmp_path / "items.jsonl"
-    run("predict.py", "--run", str(run_dir), "--input", str(demo_shards), "--out", str(out),
-        "--num_workers", "0")  # fmt: skip
-    items = lines(out)
-    reader = SampleReader(Dataset.open(str(demo_shards)), "validation", with_images=True)
-    trained = load_run(run_dir)
-    decode = CpuDecoder(trained.config.augment.image_size, 100.0)
-    whole = evaluation_augmentation(trained.config.augment)
-    for raw, item in zip(reader.read(torch.arange(NUM_ITEMS).numpy()), items, strict=True):
-        tags = json.loads(raw.annotation)["tags"]
-        assert (item["key"], item["tags"]) == (raw.key, tags)
-        assert raw.image
-        ids = torch.tensor([trained.vocabulary.ids(tags)])
-        pixels = decode.decode(raw.image, whole)[None]
-        with torch.no_grad():
-            alone = trained.model(ids, torch.ones_like(ids, dtype=torch.bool), pixels)
-        for name, values in (("probability", alone.probability("final")), ("alpha", alone.alpha)):
-            assert item[name] == pytest.approx(values[0].tolist(), abs=1e-5)
-
-
-def test_prediction_leaves_nothing_behind_when_it_cannot_finish(run_dir, tmp_path, demo_shards):
-    out = tmp_path / "out.jsonl"
-    out.write_text("from before")
-    options = ("--run", str(run_dir), "--out", str(out), "--input")
-    assert "/nowhere" in refused("predict.py", *options, "/nowhere/table.csv")
-    assert "no data set there" in refused("predict.py", *options, str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
-    assert out.read_text() == "from before"
-    nowhere = str(tmp_path / "absent" / "out.jsonl")
-    assert "make it first" in refused(
-        "predict.py", "--run", str(run_dir), "--input", str(demo_shards), "--out", nowhere
-    )
 
 
 # export -----------------------------------------------------------------------------------------
@@ -245,22 +121,10 @@ def test_a_model_of_tags_alone_does_everything_and_minds_no_broken_picture(demo_
     scored = json.loads(scores.read_text())
     assert (scored["items"], scored["items_not_scored"]) == (NUM_ITEMS, 0)
     run("predict.py", "--run", str(run_dir), "--input", str(data), "--out", str(items),
-        "--num_workers", "0")  # fmt: skip
+        "--num_workers", "0", "--html", str(tmp_path / "page.html"))  # fmt: skip
     assert [item for item in lines(items) if "error" in item] == []
     run("export.py", "--run", str(run_dir), "--out", str(out))
     assert load_exported(out).config.model.kind == "tf-t"
-
-
-def test_picture_of_the_gallery_is_a_small_jpeg():
-    big = io.BytesIO()
-    Image.new("RGBA", (900, 600), (200, 10, 10, 255)).save(big, "PNG")
-    item = ItemPrediction("k", None, ("a",), (0.75,), picture=big.getvalue())
-    html = gallery([item], 0.5, 1.0)
-    encoded = re.search('base64,([^"]+)', html)
-    assert encoded
-    thumbnail = Image.open(io.BytesIO(base64.b64decode(encoded[1])))
-    assert thumbnail.size == (320, 213)
-    assert "0.75" in html
 
 
 @pytest.mark.slow

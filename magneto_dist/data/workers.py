@@ -64,7 +64,7 @@ def start_fork_server() -> None:
 
 def run_loader(
     dataset: Dataset[Any],
-    tokens: Sequence[int],
+    tokens: Sequence[Any],
     *,
     num_workers: int,
     prefetch: int,
@@ -100,7 +100,7 @@ def run_loader(
 
 def _made_by_processes(
     dataset: Dataset[Any],
-    tokens: Sequence[int],
+    tokens: Sequence[Any],
     num_workers: int,
     prefetch: int,
     pin: bool,
@@ -128,7 +128,7 @@ def _kill(processes: set[BaseProcess]) -> None:
 
 def _start(
     dataset: Dataset[Parcel],
-    tokens: Sequence[int],
+    tokens: Sequence[Any],
     num_workers: int,
     prefetch: int,
     timeout_s: float,

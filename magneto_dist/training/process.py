@@ -8,6 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+from magneto_dist.world import World
+
 _PR_SET_PDEATHSIG = 1
 ORPHAN_GRACE_S = 60
 """A process whose launcher died has this long to save before it is ended."""
@@ -48,6 +50,18 @@ def die_with_launcher() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() == 1 and "LOCAL_RANK" in os.environ and not _launcher_is_process_1():
         sys.exit("the process launcher is gone")  # it died before we asked
+
+
+def launched_world() -> World:
+    """Where torchrun or accelerate say that this process stands; started by hand, it is alone."""
+    place = {name: int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK")}
+    sizes = {name: int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    return World(
+        rank=place["RANK"],
+        num_ranks=sizes["WORLD_SIZE"],
+        rank_of_node=place["LOCAL_RANK"],
+        ranks_per_node=sizes["LOCAL_WORLD_SIZE"],
+    )
 
 
 def _launcher_is_process_1() -> bool:

@@ -1,6 +1,6 @@
 """A table of pictures and their tags (CSV, TSV, JSON lines, Parquet) becomes a data set.
 
-1. `_read` yields the cells of each row, and checks that the columns exist.
+1. `read_cells` yields the cells of each row, and checks that the columns exist.
 2. `_table_rows` makes rows of paths, tags and labels; nothing is read from pictures yet.
 3. `unique_keys` names the samples after their pictures; `_split_of` decides what is validated on.
 4. `PictureReader` reads one picture, in one of the writer's processes.
@@ -8,13 +8,10 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from magneto_dist.data.build_space import sizes_unknown
 from magneto_dist.data.network import fetch, is_url
@@ -30,11 +27,10 @@ from magneto_dist.data.sources.columns import (
     vocabulary_of,
 )
 from magneto_dist.data.sources.picture_files import picture_bytes, read_picture
+from magneto_dist.data.sources.table_cells import Cells, read_cells
 from magneto_dist.data.writer import WriteReport, write_dataset
 from magneto_dist.errors import InputError
 
-Cells = dict[str, Any]
-_MAX_CELL_BYTES = 2**24
 _MAX_PICTURE_BYTES = 2**28
 _FETCH_ATTEMPTS = 3  # dead links are common, and each would hold up the others
 _FETCH_THREADS = 16
@@ -128,15 +124,6 @@ def build(
     )
 
 
-def read_rows(table: Path, columns: TableColumns) -> list[TableRow]:
-    """All rows of a table, of whatever split; nothing is read from pictures yet.
-
-    Raises:
-        InputError: as for `build`.
-    """
-    return _table_rows(table, columns)[0]
-
-
 @dataclass(frozen=True)
 class PictureReader:
     """Makes a sample of a row."""
@@ -181,7 +168,10 @@ def _table_rows(table: Path, columns: TableColumns) -> tuple[list[TableRow], lis
     split_names: list[str | None] = []
     annotations: list[tuple[tuple[str, ...], tuple[bool, ...] | None]] = []
     labels = Labels()
-    for where, cells in _read(table, columns):
+    wanted = [columns.image, columns.tags, columns.important, columns.split]
+    for where, cells in read_cells(table, wanted, optional=_optional(table, columns)):
+        if isinstance(cells, str):
+            raise InputError(f"{where}: {cells}")
         path = cells[columns.image]
         if not isinstance(path, str) or not path:
             raise InputError(f"{where}, column {columns.image!r}: has no path of a picture")
@@ -204,6 +194,11 @@ def _table_rows(table: Path, columns: TableColumns) -> tuple[list[TableRow], lis
     return rows, split_names
 
 
+def _optional(table: Path, columns: TableColumns) -> set[str]:
+    # An object of JSON lines says by leaving it out that it is unlabelled.
+    return {columns.important} if columns.important and table.suffix.lower() == ".jsonl" else set()
+
+
 def _named_split(cells: Cells, columns: TableColumns, where: str) -> str:
     name = cells[columns.split or ""]
     if name in VALIDATION_NAMES:
@@ -212,88 +207,3 @@ def _named_split(cells: Cells, columns: TableColumns, where: str) -> str:
         allowed = ", ".join(("train", *VALIDATION_NAMES))
         raise InputError(f"{where}, column {columns.split!r}: {name!r} is none of {allowed}")
     return "train"
-
-
-# Formats ----------------------------------------------------------------------------------------
-
-
-def _read(table: Path, columns: TableColumns) -> Iterator[tuple[str, Cells]]:
-    """(where it stands, cells) of each row.
-
-    Raises:
-        InputError: no such file, another format, broken content, or a column that is not there.
-    """
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, Cells]]]] = {
-        ".csv": _read_delimited,
-        ".tsv": _read_delimited,
-        ".jsonl": _read_json_lines,
-        ".parquet": _read_parquet,
-    }
-    reader = readers.get(table.suffix.lower())
-    if reader is None:
-        raise InputError(f"table {table}: must be one of {', '.join(readers)}")
-    wanted = [columns.image, columns.tags, columns.important, columns.split]
-    optional = {columns.important} if table.suffix.lower() == ".jsonl" else set()
-    try:
-        for where, cells in reader(table):
-            missing = [name for name in wanted if name is not None and name not in cells]
-            if set(missing) - optional:
-                raise InputError(
-                    f"{where}: there is no column {missing[0]!r}; the columns are"
-                    f" {', '.join(map(repr, cells))}"
-                )
-            yield where, {**dict.fromkeys(missing), **cells}
-    except OSError as error:
-        raise InputError(f"table {table}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"table {table}: is not UTF-8 text: {error}") from None
-
-
-def _read_delimited(table: Path) -> Iterator[tuple[str, Cells]]:
-    delimiter = "\t" if table.suffix.lower() == ".tsv" else ","
-    csv.field_size_limit(_MAX_CELL_BYTES)
-    with table.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a BOM
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, [])
-            for fields in reader:
-                where = f"{table}, line {reader.line_num}"
-                if fields and len(fields) != len(header):
-                    raise InputError(
-                        f"{where}: {len(fields)} fields, but {len(header)} columns; a field that"
-                        f" holds {delimiter!r} must be in double quotes"
-                    )
-                if fields:  # a blank line has none
-                    yield where, dict(zip(header, fields, strict=True))
-        except csv.Error as error:
-            raise InputError(f"{table}, line {reader.line_num}: {error}") from None
-
-
-def _read_json_lines(table: Path) -> Iterator[tuple[str, Cells]]:
-    with table.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{table}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                cells = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{where}: is not JSON: {error}") from None
-            if not isinstance(cells, dict):
-                raise InputError(f"{where}: is no JSON object")
-            yield where, cells
-
-
-def _read_parquet(table: Path) -> Iterator[tuple[str, Cells]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(table) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for cells in batch.to_pylist():
-                    number += 1
-                    yield f"{table}, row {number}", cells
-    except pyarrow.ArrowException as error:
-        raise InputError(f"table {table}: is no Parquet file: {error}") from None
