@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -20,6 +21,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -42,6 +44,8 @@ class Timing:
     ratio: float
     """Speed relative to the first alternative, median over the rounds."""
     note: str = ""
+    rounds_per_s: tuple[float, ...] = ()
+    """Items per second in each round, in the order in which they were taken."""
 
 
 def compare(
@@ -67,13 +71,21 @@ def compare_measured(
     num_items: int,
     rounds: int,
     notes: Mapping[str, str] | None = None,
+    *,
+    shows_bar: bool = True,
 ) -> list[Timing]:
     """As `compare`, of alternatives that take their own time and return it, in seconds."""
     names = list(alternatives)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in tqdm(range(-1, rounds), desc="rounds", disable=None):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+    turns = [
+        (number, name)
+        for number in range(-1, rounds)
+        for name in names[number % len(names) :] + names[: number % len(names)]
+    ]
+    # disable=None: where nobody looks
+    with tqdm(turns, unit="call", disable=None if shows_bar else True) as bar:
+        for number, name in bar:
+            bar.set_description(f"round {number + 1} of {rounds}, {name}")
             taken_s = alternatives[name]()
             if number >= 0:
                 seconds[name].append(taken_s)
@@ -86,6 +98,7 @@ def compare_measured(
             num_items / min(seconds[name]),
             median(ours / own for ours, own in zip(reference, seconds[name], strict=True)),
             (notes or {}).get(name, ""),
+            tuple(num_items / taken_s for taken_s in seconds[name]),
         )
         for name in names
     ]
@@ -95,6 +108,31 @@ def _seconds(call: Callable[[], object]) -> float:
     started_at_s = time.perf_counter()
     call()
     return time.perf_counter() - started_at_s
+
+
+class Clock(NamedTuple):
+    """A moment: compare two of them."""
+
+    wall_s: float
+    core_s: float
+    """CPU time of all threads of this process and of its living child processes, so far."""
+
+
+def now(device: torch.device) -> Clock:
+    """This moment, once `device` has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    children = sum(_core_s(child.pid) for child in multiprocessing.active_children())
+    return Clock(time.perf_counter(), time.process_time() + children)
+
+
+def _core_s(pid: int | None) -> float:
+    """User and system time of a process, from /proc, in steps of 10 ms."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has just ended, or there is no /proc
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def report(question: str, timings: Sequence[Timing], out: str | None) -> None:
@@ -125,7 +163,7 @@ def provenance() -> dict[str, object]:
         check=False,
     )
     return {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": _command(),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": revision.stdout.strip(),
         "cpu": _cpu(),
@@ -145,6 +183,14 @@ def parser(doc: str | None, *, timed: bool = True) -> argparse.ArgumentParser:
         made.add_argument("--rounds", type=int, default=7, help="timed calls of each (default: 7)")
     made.add_argument("--out", help="write benchmarks/results/OUT.json (default: only print)")
     return made
+
+
+def _command() -> str:
+    """How this process was started, without the folders of this machine."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    start = ["torchrun", f"--nproc_per_node={ranks}", "--"] if ranks > 1 else ["python"]
+    options = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join([*start, f"benchmarks/{Path(sys.argv[0]).name}", *options])
 
 
 def _cpu() -> str:

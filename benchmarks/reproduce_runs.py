@@ -33,7 +33,7 @@ from magneto_dist.files import write_atomically
 from reproduce_grid import Experiment, Run, Study
 
 ROOT = Path(__file__).parent.parent
-PRELOAD = ["magneto_dist.recipe", "magneto_dist.scoring", "magneto_dist.inference"]
+PRELOAD = ["magneto_dist.recipe", "magneto_dist.scoring.report", "magneto_dist.inference"]
 # May differ when a run goes on: they do not change what is trained, or are the grid's own.
 _FREE = {"output_dir", "init_from", "resume", "data.num_workers", "data.prefetch_batches"}
 _GRACE_S = 60
@@ -182,6 +182,7 @@ def training_job(setup: Setup, run: Run, seed: int) -> Job:
 def _outliers_job(setup: Setup, run: Run, seed: int) -> Job:
     out = setup.outliers_path(run.name, seed)
     options = {"run": out.parent, "outliers": setup.outliers, "out": out}
+    options |= {"baselines": "false", "resamples": 0}  # their seeds give the spread
     return Job(f"{run.name}, seed {seed}: outliers", "evaluate.py", (*as_options(options),), out)
 
 

@@ -2,6 +2,7 @@
 
 python launchers/predict.py --run RUN_DIR --input TABLE.csv --out FILE.jsonl --html FILE.html
 python launchers/predict.py --run RUN_DIR --input DIR_OR_URL --split train --out FILE.jsonl
+python launchers/predict.py ... --threshold scores.json   # as evaluate.py has chosen it
 
 One line per item, in the order of the input: "key", "predicted" (tags, best first), "tags" and,
 along them, "probability", "image", "tag" (both streams) and "alpha" (weight of the picture), where
@@ -29,6 +30,7 @@ from magneto_dist.errors import InputError, exit_with_clear_errors
 from magneto_dist.files import atomic_file, write_atomically
 from magneto_dist.gallery import gallery
 from magneto_dist.inference import ItemPrediction, predict
+from magneto_dist.scoring.decision import Decision, decision_of
 from magneto_dist.trained_run import TrainedRun, load_run
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -43,11 +45,13 @@ def main() -> None:
         if not path.parent.is_dir():
             raise InputError(f"{path}: there is no folder {path.parent}; make it first")
     run = load_run(Path(options.run), "cuda" if torch.cuda.is_available() else "cpu")
+    decision = decision_of(options.threshold, run.config.train.threshold, run.checkpoint_sha256)
     items = _items(options, run)
     try:
-        shown, failed = _predict(run, items, options)
+        shown, failed = _predict(run, items, decision, options)
         if options.html:
-            page = gallery(shown, _threshold(run, options), run.config.data.max_image_megapixels)
+            largest = run.config.data.max_image_megapixels
+            page = gallery(shown, decision.calibrated_threshold, largest)
             write_atomically(Path(options.html), page.encode())
     except OSError as error:
         raise InputError(f"{error.filename or outputs[0]}: {error.strerror}") from None
@@ -73,8 +77,9 @@ def _parser() -> ArgumentParser:
     add("--columns", type=TableColumns, default=TableColumns(), help="of a table")
     add(
         "--threshold",
-        type=float,
-        help="probability in [0, 1] of a predicted tag; default: the run's",
+        type=float | str,
+        help="probability in [0, 1] of a predicted tag, or the JSON in which evaluate.py has"
+        " written one, and the temperature of the probabilities; default: the run's",
     )
     add("--batch_size", type=PositiveInt, default=64, help="items per forward pass")
     add("--num_workers", type=NonNegativeInt, help="loader processes; default: cores - 1, up to 8")
@@ -91,9 +96,11 @@ def _items(options: Namespace, run: TrainedRun) -> Items:
     return ShardItems(dataset, options.split, run.config.model.sees_pictures)
 
 
-def _predict(run: TrainedRun, items: Items, options: Namespace) -> tuple[list[ItemPrediction], int]:
+def _predict(
+    run: TrainedRun, items: Items, decision: Decision, options: Namespace
+) -> tuple[list[ItemPrediction], int]:
     """Writes --out; returns what the page shows, and how many items failed."""
-    threshold, shown, failed = _threshold(run, options), [], 0
+    threshold, shown, failed = decision.calibrated_threshold, [], 0
     num_shown = options.html_items if options.html else 0
     num_workers = default_num_workers(1) if options.num_workers is None else options.num_workers
     predictions = predict(
@@ -102,6 +109,7 @@ def _predict(run: TrainedRun, items: Items, options: Namespace) -> tuple[list[It
         batch_size=options.batch_size,
         num_workers=num_workers,
         num_pictures=num_shown,
+        temperature=decision.temperature,
     )
     with atomic_file(Path(options.out)) as file:
         for item in tqdm(predictions, total=len(items), unit="item", dynamic_ncols=True):
@@ -113,10 +121,6 @@ def _predict(run: TrainedRun, items: Items, options: Namespace) -> tuple[list[It
                 failed += 1
                 tqdm.write(f"not scored: {item.key}: {item.error}", file=sys.stderr)
     return shown, failed
-
-
-def _threshold(run: TrainedRun, options: Namespace) -> float:
-    return run.config.train.threshold if options.threshold is None else options.threshold
 
 
 if __name__ == "__main__":

@@ -226,6 +226,9 @@ class ModelConfig:
     batch_norm_group_size: int = 16
     """Ghost batch norm: consecutive rows of the global batch whose statistics are shared; the unit
     in which a global batch is cut over ranks, so that results do not depend on their number."""
+    mapping: Literal["attention", "bilinear"] = "attention"
+    """From tags to what the encoder of the image stream reads; attention: what each tag sees in the
+    regions, as published; bilinear (beyond the paper): that times a projection of the tag."""
     tag_embedding_init: str | None = None
     """word2vec or GloVe text file to start the tag embedding from."""
 

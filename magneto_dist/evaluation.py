@@ -99,13 +99,11 @@ def evaluate(
     for batch in batches:
         prediction = predict(batch)
         batch_sums = metric_sums(prediction, batch, threshold, num_tags)
-        sums = add_sums(sums, batch_sums | _loss_sums(prediction, batch, loss_config))
+        sums = add_sums(sums, batch_sums | loss_sums(prediction, batch, loss_config))
         if len(examples) < num_examples:
             examples += _examples(prediction, batch)[: num_examples - len(examples)]
     sums = reduce_sums(sums, reduce)
-    items, tags = sums.pop("loss_counts").clamp(min=1)
-    loss = sums.pop("loss_by_items") / items + sums.pop("loss_by_tags") / tags
-    return {"loss": float(loss), **summarise(sums)}, examples
+    return {"loss": loss_of(sums), **summarise(sums)}, examples
 
 
 def collecting_rejects(batches: Iterable[Batch], rejects: list[Reject]) -> Iterator[Batch]:
@@ -115,7 +113,7 @@ def collecting_rejects(batches: Iterable[Batch], rejects: list[Reject]) -> Itera
         yield batch
 
 
-def _loss_sums(prediction: Prediction, batch: Batch, config: LossConfig) -> Sums:
+def loss_sums(prediction: Prediction, batch: Batch, config: LossConfig) -> Sums:
     """The loss before normalisation: its part per item, and its part per tag.
 
     A part that is normalised by the number of tags vanishes where that is infinite.
@@ -129,6 +127,12 @@ def _loss_sums(prediction: Prediction, batch: Batch, config: LossConfig) -> Sums
         "loss_by_tags": whole - by_items,
         "loss_counts": count_for_loss(batch),
     }
+
+
+def loss_of(sums: Sums) -> float:
+    """The loss of a split from its `loss_sums`."""
+    items, tags = sums["loss_counts"].clamp(min=1)
+    return float(sums["loss_by_items"] / items + sums["loss_by_tags"] / tags)
 
 
 def _examples(prediction: Prediction, batch: Batch) -> list[Example]:

@@ -42,7 +42,7 @@ class ItemPrediction:
     tags: tuple[str, ...] = ()
     """The item's tags that were scored, in its order."""
     probability: tuple[float, ...] = ()
-    """That the tag is important."""
+    """That the tag is important, at the temperature, if there is one."""
     image: tuple[float, ...] | None = None
     """The image stream's opinion; None: the model has no such stream beside another."""
     tag: tuple[float, ...] | None = None
@@ -176,6 +176,7 @@ def predict(
     batch_size: int,
     num_workers: int,
     num_pictures: int = 0,
+    temperature: float | None = None,
 ) -> Iterator[ItemPrediction]:
     """Scores all items, in their order, on the device of the run's model.
 
@@ -185,6 +186,7 @@ def predict(
         batch_size: items per forward pass.
         num_workers: loader processes; 0: none.
         num_pictures: so many first items come back with their encoded picture.
+        temperature: what the final output's log-odds are divided by; None: nothing.
 
     Raises:
         InputError: the items cannot be read, or a loader process was killed or hangs.
@@ -208,7 +210,7 @@ def predict(
                 batch.tag_mask.to(device, non_blocking=True),
                 None if batch.pixels is None else batch.pixels.to(device, non_blocking=True),
             )
-        yield from _with_scores(batch.items, prediction)
+        yield from _with_scores(batch.items, prediction, temperature)
 
 
 def _known_tags(sample: Sample | BadSample, vocabulary: Vocabulary) -> list[str]:
@@ -217,9 +219,13 @@ def _known_tags(sample: Sample | BadSample, vocabulary: Vocabulary) -> list[str]
 
 
 def _with_scores(
-    items: Sequence[ItemPrediction], prediction: Prediction
+    items: Sequence[ItemPrediction], prediction: Prediction, temperature: float | None
 ) -> Iterator[ItemPrediction]:
-    scores = {"probability": prediction.probability(prediction.heads[0])}
+    head = prediction.heads[0]
+    scores = {"probability": prediction.probability(head)}
+    if temperature is not None:
+        positive, negative = prediction.log_probabilities(head)
+        scores["probability"] = ((positive - negative) / temperature).sigmoid()
     if prediction.alpha is not None:
         scores |= {head: prediction.probability(head) for head in ("image", "tag")}
         scores["alpha"] = prediction.alpha

@@ -51,7 +51,7 @@ def metric_sums(
         probability = prediction.probability(head).detach().double()
         predicted = (probability >= threshold) & real
         of_head = _item_sums(predicted, batch, is_item)
-        of_head["average_precision"] = _average_precision_sum(probability, real, batch)
+        of_head["average_precision"] = average_precisions(probability, real, batch).sum()
         if num_tags is not None:
             of_head |= _concept_sums(predicted, real, batch, num_tags)
         sums |= {f"{head}/{name}": value for name, value in of_head.items()}
@@ -118,16 +118,16 @@ def _item_sums(
     }
 
 
-def _average_precision_sum(
+def average_precisions(
     probability: Float64[Tensor, "batch slot"], real: Bool[Tensor, "batch slot"], batch: Batch
-) -> Float64[Tensor, ""]:
-    """Sum over items of the mean over targets of precision at the target's rank."""
+) -> Float64[Tensor, " batch"]:
+    """Of each item: the mean over its targets of precision at the target's rank."""
     target = batch.target & real
     # [item, i, j]: slot j is ranked at least as high as slot i
     above = (probability[:, None, :] >= probability[:, :, None]) & real[:, None, :]
     precision = (above & target[:, None, :]).sum(2).double() / above.sum(2).clamp(min=1)
     num_targets = target.sum(1) + batch.targets_cut * batch.sample_valid
-    return ((precision * target).sum(1) / num_targets.clamp(min=1)).sum()
+    return (precision * target).sum(1) / num_targets.clamp(min=1)
 
 
 def _concept_sums(

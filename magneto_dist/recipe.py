@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from magneto_dist.batch import Reject
@@ -27,21 +26,15 @@ from magneto_dist.config import Config
 from magneto_dist.data.feature_files import FeatureViews
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
-from magneto_dist.data.randomness import seed_for
 from magneto_dist.data.shards import Dataset
-from magneto_dist.data.sources.demo import ensure_demo
-from magneto_dist.errors import InputError, PreemptedError
+from magneto_dist.errors import PreemptedError
 from magneto_dist.evaluation import collecting_rejects, evaluate_model
-from magneto_dist.model.backbone import recompute_activations
-from magneto_dist.model.embedding import load_tag_embedding
-from magneto_dist.model.encoder import pack_tags
-from magneto_dist.model.magneto import build_model
+from magneto_dist.parts import derive_plan, initial_model, open_data, prepare
 from magneto_dist.report import examples_figure, final_table
 from magneto_dist.training.checkpoint import (
     AVERAGED_WEIGHTS,
     Progress,
     load_optimizer,
-    load_weights,
     read_progress,
     read_tensors,
     set_aside_later,
@@ -51,13 +44,12 @@ from magneto_dist.training.checkpoint_writer import CheckpointWriter
 from magneto_dist.training.feature_cache import cached_features
 from magneto_dist.training.heartbeat import Watchdog, Whereabouts
 from magneto_dist.training.loop import Job, train
-from magneto_dist.training.optim import Schedule, build_optimizer
+from magneto_dist.training.optim import Schedule
 from magneto_dist.training.preflight import check_agreement, require_checkpoint_space
 from magneto_dist.training.process import StopRequest, die_with_launcher
 from magneto_dist.training.resume import (
     checkpoint_to_resume,
     fingerprint,
-    initialise_from,
     settle_frozen_precision,
 )
 from magneto_dist.training.run_folder import RunFolder
@@ -122,13 +114,13 @@ def _train_in_folder(
     run: RunFolder | None,
     whereabouts: Whereabouts,
 ) -> None:
-    dataset = session.on_all(lambda: _open_data(config))
+    dataset = session.on_all(lambda: open_data(config))
     whereabouts.at("start")
     checkpoint = session.from_main(lambda: checkpoint_to_resume(config, dataset))
     config = session.from_main(partial(settle_frozen_precision, config, checkpoint))
     whereabouts.at("start")
     start = session.on_all(lambda: read_progress(checkpoint) if checkpoint else Progress())
-    plan = _plan(config, session, start)
+    plan = derive_plan(config, session, start)
     if run is not None and plan.idle_ranks:
         print(
             f"warning: {plan.idle_ranks} of {plan.num_ranks} processes have nothing to do: a global"
@@ -151,7 +143,7 @@ def _train_in_folder(
             print(f"{config.output_dir} is finished: {start.step} of {total_steps} steps are done")
         return
     session.from_main(lambda: _begin(run, start, config, dataset))
-    model = session.on_all(lambda: _initial_model(config, dataset, checkpoint))
+    model = session.on_all(lambda: initial_model(config, dataset, checkpoint))
     session.from_main(lambda: require_checkpoint_space(config, model))
     whereabouts.at("start")
     features = None
@@ -169,10 +161,8 @@ def _train_in_folder(
             dataset, "train", config, session.world, plan, training=True, features=features.train
         )
         whereabouts.at("start")
-    if config.tags.trim_padding and not config.train.compile and session.is_plain:
-        pack_tags(model)
     schedule = Schedule(config.optim, total_steps)
-    wrapped, optimizer = session.prepare(model, build_optimizer(model, config.optim), plan)
+    wrapped, optimizer = prepare(config, session, model, plan)
     if checkpoint:
         load_optimizer(session, checkpoint, wrapped, optimizer)
         session.warn_of_lost_state()
@@ -228,38 +218,6 @@ def _train_in_folder(
         _finish(run, end, session, loader)
 
 
-def _open_data(config: Config) -> Dataset:
-    path = config.data.path or str(ensure_demo())
-    dataset = Dataset.open(path, config.data.cache_dir, config.data.cache_gb)
-    for split in ("train", "validation"):
-        if not dataset.splits.get(split) or dataset.num_samples(split) == 0:
-            raise InputError(f"{path}: training needs items in the split {split!r}; it has none")
-        num_unlabelled = dataset.num_samples(split) - dataset.num_labelled(split)
-        if num_unlabelled and config.train.objective == "important":
-            raise InputError(
-                f"{path}: {num_unlabelled} items of {split!r} have no 'important' labels; train on"
-                " labelled items, or use launchers/pretrain.py, which needs none"
-            )
-    if not dataset.has_images and config.model.sees_pictures:
-        raise InputError(
-            f"{path} holds no pictures, and --model.kind {config.model.kind} looks at them; use"
-            " tf-t or ff"
-        )
-    return dataset
-
-
-def _plan(config: Config, session: Session, start: Progress) -> BatchPlan:
-    size = config.train.global_batch_size
-    if start.step and start.num_ranks == session.world.num_ranks:
-        return BatchPlan(size, start.num_ranks, start.micro_batch_size, start.micro_steps)
-    return BatchPlan.derive(
-        global_batch_size=size,
-        num_ranks=session.world.num_ranks,
-        max_micro_batch_size=config.train.max_micro_batch_size,
-        group_size=config.model.batch_norm_group_size,
-    )
-
-
 def _total_steps(config: Config, loader: Loader) -> int:
     steps = config.train.epochs * loader.steps_per_epoch
     return min(steps, config.max_steps or steps)
@@ -270,39 +228,6 @@ def _begin(run: RunFolder | None, start: Progress, config: Config, dataset: Data
     set_aside_later(run.path, start.step)
     run.write_settings(config, dataset.vocabulary)
     run.write_status("running", start.step)
-
-
-def _initial_model(config: Config, dataset: Dataset, checkpoint: Path | None) -> nn.Module:
-    torch.manual_seed(seed_for(config.seed, "initial weights"))
-    model = _build(config, dataset, has_weights=checkpoint is not None)
-    if checkpoint:
-        load_weights(checkpoint, model)
-    elif config.init_from:
-        initialise_from(model, Path(config.init_from), config, dataset.vocabulary)
-    return model
-
-
-def _build(config: Config, dataset: Dataset, has_weights: bool) -> nn.Module:
-    supervised = config.train.objective == "important"
-    settings = config.model
-    if has_weights:  # a checkpoint's; files that the run began with may be gone
-        settings = replace(settings, backbone_weights="none", tag_embedding_init=None)
-    model = build_model(settings, len(dataset.vocabulary), gate=supervised)
-    if settings.tag_embedding_init:
-        path = Path(settings.tag_embedding_init)
-        coverage = load_tag_embedding(model, dataset.vocabulary, path)
-        print(f"{path}: vectors for {coverage:.1%} of {len(dataset.vocabulary)} tags")
-    if config.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if config.train.param_dtype == "float64":
-        model = model.double()
-    if config.train.activation_checkpointing:
-        recompute_activations(model)
-    if config.train.compile:
-        # The compiler takes torch's fused encoder layer for one whose output has other strides.
-        torch.backends.mha.set_fastpath_enabled(False)
-        model.compile()
-    return model
 
 
 @dataclass(frozen=True)

@@ -25,22 +25,34 @@ _MAX_CHARACTERS = 40  # of a name
 
 def final_table(metrics: dict[str, Any], split: str = "validation") -> str:
     """Precision, recall and F1 in % of every head, both protocols, for the terminal."""
-    lines = [
-        f"{split + ', %':<16}{'precision':>12}{'(strict)':>10}{'recall':>10}{'F1':>8}",
-        "-" * 56,
-    ]
-    names = [(head, name) for head, name in _HEADS if head in metrics]
-    if "final" in metrics and len(names) == 2:  # a baseline's one head is its final output
-        names = [("final", "output")]
-    for head, name in names:
-        paper, strict = metrics[head]["paper"], metrics[head]["strict"]
-        lines.append(
-            f"{name:<16}{100 * paper['precision']:>12.1f}{100 * strict['precision']:>10.1f}"
-            f"{100 * paper['recall']:>10.1f}{100 * paper['f1']:>8.1f}"
-        )
+    lines = table_head(split)
+    lines += [table_line(name, metrics[head]) for head, name in head_names(metrics)]
     if metrics.get("alpha") is not None:
         lines.append(f"mean alpha (weight of the picture): {metrics['alpha']:.2f}")
     return "\n".join(lines)
+
+
+def table_head(split: str) -> list[str]:
+    """The first two lines of `final_table`."""
+    columns = f"{'precision':>12}{'(strict)':>10}{'recall':>10}{'F1':>8}"
+    return [f"{split + ', %':<16}{columns}", "-" * 56]
+
+
+def table_line(name: str, metrics: dict[str, Any]) -> str:
+    """Both protocols of one head, in %."""
+    paper, strict = metrics["paper"], metrics["strict"]
+    return (
+        f"{name:<16}{100 * paper['precision']:>12.1f}{100 * strict['precision']:>10.1f}"
+        f"{100 * paper['recall']:>10.1f}{100 * paper['f1']:>8.1f}"
+    )
+
+
+def head_names(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """The heads that a table shows, the final one last, and what people call them."""
+    names = [(head, name) for head, name in _HEADS if head in metrics]
+    if "final" in metrics and len(names) == 2:  # a baseline's one head is its final output
+        return [("final", "output")]
+    return names
 
 
 def examples_figure(examples: Sequence[Example], vocabulary: Vocabulary, threshold: float) -> Any:

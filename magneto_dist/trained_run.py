@@ -11,8 +11,10 @@ from torch import nn
 from magneto_dist.config import Config
 from magneto_dist.config_io import load_config
 from magneto_dist.errors import InputError
+from magneto_dist.files import sha256_of
 from magneto_dist.model.magneto import build_model
 from magneto_dist.training.checkpoint import (
+    MARKER,
     best_or_newest,
     best_weights,
     load_state,
@@ -33,6 +35,11 @@ class TrainedRun:
     """In evaluation mode, on the chosen device, in the run's memory format and dtype."""
     checkpoint: Path
     """Where the weights came from."""
+
+    @property
+    def checkpoint_sha256(self) -> str:
+        """Tells checkpoints apart wherever they lie: the hash of what lists their files' hashes."""
+        return sha256_of(self.checkpoint / MARKER)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The precision that the run was trained in; fp16 on a GPU alone."""

@@ -90,7 +90,12 @@ class CpuDecoder:
         Raises:
             BadSample: see `decode_image`.
         """
-        image, _ = decode_image(content, self.max_megapixels)
+        return self.augment(decode_image(content, self.max_megapixels)[0], augmentation)
+
+    def augment(
+        self, image: UInt8[Tensor, "3 _ _"], augmentation: Augmentation
+    ) -> UInt8[Tensor, "3 height width"]:
+        """What `decode` does after decoding."""
         top, left, height, width = augmentation.box(*image.shape[1:])
         crop = image[None, :, top : top + height, left : left + width]
         crop = crop.contiguous(memory_format=torch.channels_last)  # else the result would not be so

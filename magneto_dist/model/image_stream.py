@@ -2,7 +2,8 @@
 
 1. The backbone makes N x N regions of features, or, frozen, has made them before; a 1x1 convolution
    and a batch norm bring them to d_model features.
-2. Every tag looks at all regions: multi-head attention, tags as queries.
+2. Every tag looks at all regions: multi-head attention, tags as queries; beyond the paper and on
+   request, what it sees is multiplied by what it is.
 3. A Transformer encoder relates the results to each other.
 """
 
@@ -18,6 +19,7 @@ from magneto_dist.config import ModelConfig
 from magneto_dist.errors import InputError
 from magneto_dist.model.backbone import Backbone, build_backbone
 from magneto_dist.model.encoder import TransformerEncoder
+from magneto_dist.model.mapping import BilinearMapping
 from magneto_dist.model.norm import GhostBatchNorm2d, share_row_validity
 
 
@@ -25,8 +27,9 @@ class ImageStream(nn.Module):
     """The visual stream of MAGNeto, and all of TF-it but embedding and head.
 
     What the tags see in the regions goes into the encoder as it is, as section 3.1 says: no
-    residual branch, which would let tags pass by the image, and no function of its own. Dropout is
-    that of torch's `nn.MultiheadAttention`, on the attention weights.
+    residual branch, which would let tags pass by the image, and no function of its own, unless
+    `mapping` is "bilinear". Dropout is that of torch's `nn.MultiheadAttention`, on the attention
+    weights.
 
     Args:
         config: everything about backbone, attention and encoder.
@@ -44,6 +47,7 @@ class ImageStream(nn.Module):
         self.attention = nn.MultiheadAttention(
             config.d_model, config.num_heads, config.dropout, batch_first=True
         )
+        self.product = BilinearMapping(config.d_model) if config.mapping == "bilinear" else None
         self.encoder = TransformerEncoder(config, config.image_layers)
         self._rows = share_row_validity(self)
 
@@ -72,6 +76,8 @@ class ImageStream(nn.Module):
             )
         regions = self.regions(pixels, sample_valid, features)
         seen, _ = self.attention(tags, regions, regions, need_weights=False)
+        if self.product is not None:
+            seen = self.product(tags, seen)
         return self.encoder(seen, tag_mask)
 
     def regions(

@@ -149,7 +149,13 @@ def train_step(
         log: whether the metrics of this step will be logged.
     """
     session, config = job.session, job.config
-    normaliser = torch.tensor([counts.items, counts.tags], dtype=torch.float64).to(session.device)
+    # Made there: a copy of two numbers from the CPU would wait for all that the device has to do.
+    normaliser = torch.stack(
+        [
+            torch.full((), count, dtype=torch.float64, device=session.device)
+            for count in (counts.items, counts.tags)
+        ]
+    )
     loss, sums = torch.zeros((), device=session.device), {}
     # Every rank takes the same way through the model: ZeRO adds gradients of the ranks up in the
     # order in which they come, and would else add those of different weights.

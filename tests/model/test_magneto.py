@@ -30,10 +30,13 @@ TINY = ModelConfig(
     backbone_batch_norm="ghost",
     batch_norm_group_size=2,
 )
-KINDS = ("magneto", "tf-it", "tf-t", "ff")
+KINDS = ("magneto", "tf-it", "tf-t", "ff", "bilinear")
 
 
 def build(kind: str = "magneto", *, gate: bool = True, **settings) -> nn.Module:
+    """A model of this kind; "bilinear": MAGNeto with this mapping."""
+    if kind == "bilinear":
+        kind, settings = "magneto", {"mapping": "bilinear", **settings}
     torch.manual_seed(0)
     return build_model(replace(TINY, kind=kind, **settings), NUM_TAGS, gate=gate)
 
@@ -124,7 +127,7 @@ def test_more_padding_changes_nothing(kind: str, training: bool) -> None:
         torch.testing.assert_close(a[mask], b[:, :5][mask], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["magneto", "tf-it", "tf-t"])
+@pytest.mark.parametrize("kind", ["magneto", "tf-it", "tf-t", "bilinear"])
 def test_a_tag_sees_the_other_tags(kind: str) -> None:
     batch = make_batch([5, 5])
     other = batch.tag_ids.clone()
@@ -154,6 +157,7 @@ def test_heads_of_every_kind() -> None:
         "tf-it": ("final", "image"),
         "tf-t": ("final", "tag"),
         "ff": ("final", "tag"),
+        "bilinear": ("final", "image", "tag"),
     }
     assert build(gate=False)(**make_batch([3, 2]).inputs()).heads == ("image", "tag")
 
@@ -261,6 +265,16 @@ def test_micro_batches_add_up_to_the_whole_batch(kind: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
+def test_tags_that_look_at_a_picture_of_one_colour_differ_with_the_bilinear_mapping_alone() -> None:
+    # All regions alike: whatever a tag attends to, it sees the same.
+    batch = make_batch([5, 5])
+    features = torch.ones(2, 4, 64).double()
+    inputs = {**batch.inputs(), "pixels": None, "features": features}
+    for kind, differ in ("magneto", False), ("bilinear", True):
+        image = MODELS[kind].eval()(**inputs).image_logits[0]
+        assert bool((image.std() > 1e-3).item()) == differ, kind
+
+
 def test_text_only_data_is_refused_where_pictures_are_needed() -> None:
     for kind in ("magneto", "tf-it"):
         with pytest.raises(InputError, match=r"--model\.kind tf-t and ff"):
@@ -283,8 +297,9 @@ def test_the_seed_determines_the_initial_weights() -> None:
     assert not torch.equal(layers[0].linear1.weight, layers[1].linear1.weight)
 
 
-def test_pretrained_parts_are_all_but_heads_and_gate() -> None:
-    pretrained, target = build(gate=False).state_dict(), build().state_dict()
+@pytest.mark.parametrize("kind", ["magneto", "bilinear"])
+def test_pretrained_parts_are_all_but_heads_and_gate(kind: str) -> None:
+    pretrained, target = build(kind, gate=False).state_dict(), build(kind).state_dict()
     copied = {key for key in target if key.startswith(PRETRAINED_PARTS)}
     assert {key for key in pretrained if key.startswith(PRETRAINED_PARTS)} == copied
     rest = {key.split(".")[0] for key in target.keys() - copied}
@@ -304,8 +319,9 @@ def test_dropout_is_everywhere_the_same_and_off_in_evaluation() -> None:
     assert all(torch.equal(a, b) for a, b in zip(logits(one), logits(two), strict=True))
 
 
-def test_autocast_trains() -> None:
-    model, batch = build(), make_batch([5, 3])
+@pytest.mark.parametrize("kind", ["magneto", "bilinear"])
+def test_autocast_trains(kind: str) -> None:
+    model, batch = build(kind), make_batch([5, 3])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         prediction = model(**batch.inputs())
     assert all(part.dtype == torch.bfloat16 for part in logits(prediction))
@@ -315,7 +331,7 @@ def test_autocast_trains() -> None:
     assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
 
 
-@pytest.mark.parametrize("kind", ["magneto", "ff"])
+@pytest.mark.parametrize("kind", ["magneto", "ff", "bilinear"])
 def test_a_model_can_be_exported(kind: str) -> None:
     model = build(kind).eval()
     shown, other = make_batch([3, 5]), make_batch([5, 0])

@@ -1,5 +1,7 @@
 """Parameters of every part, counted by hand from the paper's sizes (appendix A, NUS-WIDE)."""
 
+from dataclasses import replace
+
 import pytest
 from torch import nn
 
@@ -69,3 +71,9 @@ def test_baselines(kind: str, expected: int) -> None:
 
 def test_pre_training_has_no_gate() -> None:
     assert count(build("magneto")) - count(build("magneto", gate=False)) == GATE
+
+
+def test_the_bilinear_mapping_adds_a_projection_and_a_norm() -> None:
+    bilinear = build_model(replace(NUS_WIDE, mapping="bilinear"), NUM_TAGS)
+    assert count(bilinear) - count(build("magneto")) == (128 * 128 + 128) + LAYER_NORM
+    assert not any("product" in name for name in build("magneto").state_dict())

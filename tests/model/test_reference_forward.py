@@ -5,6 +5,7 @@ that the backbone gives (those are compared with torchvision's in test_backbone.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,11 +106,23 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def reference(tag_ids: list[int], features: Array, w: Weights) -> list[dict[str, float]]:
+def product(tag: Array, seen: Array, w: Weights) -> Array:
+    """Beyond the paper: a tag's projection times what it sees."""
+    projected = linear(tag, w["projection.weight"], w["projection.bias"])
+    return layer_norm(
+        np.array([t * a for t, a in zip(projected, seen, strict=True)]), w.below("norm")
+    )
+
+
+def reference(
+    tag_ids: list[int], features: Array, w: Weights, bilinear: bool
+) -> list[dict[str, float]]:
     """Probabilities of every tag of one item without padding."""
     tags = [w["tag_embedding.vectors.weight"][tag] for tag in tag_ids]
     image = w.below("image_stream")
     seen = attention(tags, regions(features, image), image.below("attention"))
+    if bilinear:
+        seen = [product(t, a, image.below("product")) for t, a in zip(tags, seen, strict=True)]
     image_features = encoder(seen, image.below("encoder"), CONFIG.image_layers)
     tag_features = encoder(tags, w.below("tag_stream.encoder"), CONFIG.tag_layers)
     results = []
@@ -125,13 +138,15 @@ def reference(tag_ids: list[int], features: Array, w: Weights) -> list[dict[str,
     return results
 
 
+@pytest.mark.parametrize("mapping", ["attention", "bilinear"])
 @pytest.mark.parametrize("grad", [True, False], ids=["graph", "fused kernels"])
-def test_magneto_is_what_the_paper_says(grad: bool) -> None:
+def test_magneto_is_what_the_paper_says_and_what_goes_beyond_it(grad: bool, mapping: str) -> None:
     torch.manual_seed(3)
-    model = build_model(CONFIG, NUM_TAGS).double().eval()
-    norm = model.image_stream.projection_norm
+    model = build_model(replace(CONFIG, mapping=mapping), NUM_TAGS).double().eval()
+    norm, product = model.image_stream.projection_norm, model.image_stream.product
+    trained = [] if product is None else [product.norm.weight, product.norm.bias]
     with torch.no_grad():
-        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var, *trained):
             tensor.uniform_(0.5, 2)
     items = [[1, 4, 7], [0, 8, 3, 2, 5], [6]]
     tag_ids = torch.full((3, 5), NUM_TAGS)
@@ -146,7 +161,9 @@ def test_magneto_is_what_the_paper_says(grad: bool) -> None:
     expected_grid = regions(features[0].detach().numpy(), weights.below("image_stream"))
     np.testing.assert_allclose(grid[0].detach().numpy(), expected_grid, rtol=1e-9, atol=1e-12)
     for row, item in enumerate(items):
-        for slot, expected in enumerate(reference(item, features[row].detach().numpy(), weights)):
+        own_features = features[row].detach().numpy()
+        expected_item = reference(item, own_features, weights, mapping == "bilinear")
+        for slot, expected in enumerate(expected_item):
             assert got.alpha[row, slot].item() == pytest.approx(expected["alpha"], rel=1e-9)
             for head in ("final", "image", "tag"):
                 value = got.probability(head)[row, slot].item()

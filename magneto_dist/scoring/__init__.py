@@ -1,0 +1,1 @@
+"""A trained run scored: what `launchers/evaluate.py` tells."""
