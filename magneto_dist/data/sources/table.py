@@ -240,13 +240,15 @@ def _read(table: Path, columns: TableColumns) -> Iterator[tuple[str, Cells]]:
             if set(missing) - optional:
                 raise InputError(
                     f"{where}: there is no column {missing[0]!r}; the columns are"
-                    f" {', '.join(map(repr, cells))}"
+                    f" {', '.join(map(repr, cells))}; name yours with --columns.image,"
+                    " --columns.tags and --columns.important (null: no labels), and begin a CSV"
+                    " with a line of names"
                 )
             yield where, {**dict.fromkeys(missing), **cells}
     except OSError as error:
         raise InputError(f"table {table}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"table {table}: is not UTF-8 text: {error}") from None
+        raise InputError(f"table {table}: is not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def _read_delimited(table: Path) -> Iterator[tuple[str, Cells]]:
@@ -258,6 +260,10 @@ def _read_delimited(table: Path) -> Iterator[tuple[str, Cells]]:
             header = next(reader, [])
             for fields in reader:
                 where = f"{table}, line {reader.line_num}"
+                if fields and len(header) == 1 and ";" in header[0]:
+                    raise InputError(
+                        f"{table}: its columns are separated by ';': save it with {delimiter!r}"
+                    )
                 if fields and len(fields) != len(header):
                     raise InputError(
                         f"{where}: {len(fields)} fields, but {len(header)} columns; a field that"
