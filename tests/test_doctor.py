@@ -48,14 +48,14 @@ def broken(folder: Path, package: str, line: str) -> Path:
 
 def test_a_torch_that_aborts_is_a_line_and_not_the_end(tmp_path: Path) -> None:
     path = broken(tmp_path, "torch", "import os\nos.abort()\n")
-    found, report, code = doctor(first_on_path=path, open_files=256)
+    found, report, code = doctor(first_on_path=path, open_files=200)
     assert (code, report["state"]) == (1, "fail")
     assert found["python"]["state"] == "ok"
     for name in ("gpu", "decoder", "gloo"):
         assert (found[name]["state"], found[name]["found"]) == ("fail", "was ended by SIGABRT")
         assert found[name]["fix"]
     assert found["deepspeed"]["state"] == "warn"  # most people do without
-    assert (found["open files"]["state"], found["open files"]["fix"]) == ("warn", "ulimit -n 256")
+    assert (found["open files"]["state"], found["open files"]["fix"]) == ("warn", "ulimit -n 200")
 
 
 def test_trials_that_hang_are_given_up(tmp_path: Path) -> None:
@@ -124,7 +124,9 @@ def test_attempt(script: str, error: str) -> None:
         (machine.disk_finding(Path("/tmp/a/b/c"), 500 * GB), "ok", "500.0 GB free in /tmp/a/b/c"),
         (machine.shared_memory_finding(64_000_000, 8), "warn", "--shm-size"),
         (machine.shared_memory_finding(8 * GB, 8), "ok", ""),
-        (machine.open_files_finding((64, 100)), "fail", "ulimit -n 100"),
+        (machine.open_files_finding((24, 100)), "fail", "ulimit -n 100"),
+        (machine.open_files_finding((128, 4096)), "warn", "ulimit -n 4096"),
+        (machine.open_files_finding((1024, 4096)), "ok", "at most 1024"),
         (machine.open_files_finding((resource.RLIM_INFINITY,) * 2), "ok", "no limit"),
     ],
 )
