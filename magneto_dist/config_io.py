@@ -90,6 +90,9 @@ def clear_parser_errors(what: str) -> Iterator[None]:
 
 def _explain(message: str) -> str:
     """A parser's message in the user's words: keys as typed, types as allowed values."""
+    group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if group:
+        message = message.replace(f"option '{group[2]}'", f"option '{group[1]}.{group[2]}'")
     unknown = re.search(r"unrecognized arguments: --?([\w.]+)", message) or re.search(
         r"does not accept option '([\w.]+)'", message
     )
@@ -98,6 +101,8 @@ def _explain(message: str) -> str:
         near = difflib.get_close_matches(key, list(_keys(Config())), n=3, cutoff=0.4)
         hint = f"did you mean --{' or --'.join(near)}?" if near else "--help lists all keys"
         return f"unknown key {key!r} ({message}); {hint}"
+    message = message.replace("Problems parsing config:", "the file of --config is no YAML:")
+    message = message.replace('in "<unicode string>", ', "in ")
     message = re.sub(r"a <class '(\w+)'>", r"\1", message).replace("typing.", "")
     message = message.replace("a Literal[", "one of [")
     message = re.sub(r"(required: )(?:[\w-]+\.)*(\w+)$", r"\1\2; see --help", message)

@@ -35,7 +35,10 @@ def open_data(config: Config) -> Dataset:
     dataset = Dataset.open(path, config.data.cache_dir, config.data.cache_gb)
     for split in ("train", "validation"):
         if not dataset.splits.get(split) or dataset.num_samples(split) == 0:
-            raise InputError(f"{path}: training needs items in the split {split!r}; it has none")
+            raise InputError(
+                f"{path}: training needs items in the split {split!r}; it has none: build it with a"
+                " larger --validation_fraction, or cut it anew with `launchers/shards.py split`"
+            )
         num_unlabelled = dataset.num_samples(split) - dataset.num_labelled(split)
         if num_unlabelled and config.train.objective == "important":
             raise InputError(

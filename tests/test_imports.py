@@ -28,9 +28,10 @@ MAY_IMPORT = {
 MAY_IMPORT["scoring"] = set(MAY_IMPORT)
 MAY_IMPORT["export"] = set(MAY_IMPORT)
 MAY_IMPORT["recipe"] = set(MAY_IMPORT)
+MAY_IMPORT["doctor"] = LEAVES | {"data", "training"}
 ONLY_IN = {
     "accelerate": {"training/session.py"},
-    "deepspeed": {"training/zero.py"},
+    "deepspeed": {"training/zero.py", "doctor/trials.py"},
     "nvidia": {"data/dali_pipeline.py", "data/decode_dali.py"},
     "matplotlib": {"report.py", "scoring/plots.py"},
     "jsonargparse": {"config_io.py"},

@@ -214,7 +214,9 @@ def _read_dataset_file(storage: Storage) -> tuple[_Fields, str]:
             " `launchers/shards.py build` wrote, and finish a build that was interrupted"
         ) from None
     except OSError as error:
-        raise InputError(f"{storage.root}: cannot be read: {error}") from None
+        raise InputError(
+            f"{storage.root}: cannot be read: {error}; check the address and whether it answers"
+        ) from None
 
 
 def _parse(content: bytes) -> _Fields:

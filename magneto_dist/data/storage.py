@@ -228,7 +228,7 @@ class Storage:
             try:
                 return self._local(name).stat().st_size
             except (FileNotFoundError, NotADirectoryError):
-                raise InputError(f"{self.where(name)}: does not exist") from None
+                raise InputError(f"{self.where(name)}: does not exist; is all copied?") from None
         return self._info(name)["size"]
 
     def _info(self, name: str) -> dict[str, Any]:

@@ -150,7 +150,14 @@ def _start(
             # torch looks after dead processes only when this has passed: no whole `timeout_s`.
             timeout=min(timeout_s or _LOOK_S, _LOOK_S),
         )
-        return iter(loader)
+        try:
+            return iter(loader)
+        except OSError as error:
+            raise InputError(
+                f"loader processes cannot start ({error}): there is too little shared memory"
+                " (/dev/shm), or too few files may be open (ulimit -n): raise that, or use"
+                " --data.num_workers 0"
+            ) from None
 
 
 def _next(iterator: Iterator[Any], processes: set[BaseProcess], timeout_s: float) -> Any:
@@ -166,7 +173,9 @@ def _next(iterator: Iterator[Any], processes: set[BaseProcess], timeout_s: float
                     continue  # torch allows to ask again
                 _kill(processes)  # torch would wait for them, 5 s each
                 return _stuck(timeout_s)
-            if "exited unexpectedly" not in reason:
+            if "unable to allocate shared memory" in reason:
+                reason = reason.strip().splitlines()[-1]
+            elif "exited unexpectedly" not in reason:
                 raise
         except (OSError, EOFError) as error:
             if "in DataLoader worker process" in str(error):  # torch's mark on the data set's own
@@ -175,7 +184,8 @@ def _next(iterator: Iterator[Any], processes: set[BaseProcess], timeout_s: float
         # Raising it in an except clause would keep torch's frames, and with them the others.
         return InputError(
             f"a loader process was ended from outside ({reason}), perhaps for want of memory or of"
-            " shared memory (/dev/shm): lower --data.num_workers or --data.prefetch_batches"
+            " shared memory (/dev/shm; docker run --ipc=host): lower --data.num_workers or"
+            " --data.prefetch_batches"
         )
 
 

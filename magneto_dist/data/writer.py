@@ -177,7 +177,9 @@ class _Totals:
             key, reason = self.skipped[0]
             raise InputError(
                 f"{self.out}: {len(self.skipped)} rows are bad, more than the {self.max_skipped}"
-                f" allowed; the first is {key}: {reason}; see {self.out / SKIPPED_FILE}"
+                f" allowed; the first is {key}: {reason}; mend them (all are in"
+                f" {self.out / SKIPPED_FILE}) or, for tables and `datasets`, raise"
+                " --max_skipped_fraction"
             )
         refuse_some_images(self.num_images, len(self.keys), str(self.out))
 
@@ -195,7 +197,7 @@ def _check_rows(splits: Mapping[str, Sequence[Any]], samples_per_shard: int) -> 
         raise InputError(f"splits {sorted(splits)}: may be {' and '.join(SPLITS)} only")
     num_rows = sum(map(len, splits.values()))
     if num_rows == 0:
-        raise InputError("there are no rows to make a data set of")
+        raise InputError("there are no rows to make a data set of: the input is empty")
     return num_rows
 
 

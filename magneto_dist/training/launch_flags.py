@@ -38,6 +38,7 @@ def check_launch(config: TrainConfig, clip_norm: float | None, has_gpu: bool) ->
             configuration, or does not fit this machine.
     """
     _warn_of_restarts()
+    _warn_of_no_gpu(has_gpu)
     _check_precision(config, has_gpu, trains=clip_norm is not None)
     _check_accumulation(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"), "accelerate")
     if uses_fsdp():
@@ -68,6 +69,17 @@ def _warn_of_restarts() -> None:
         print(
             "warning: --max-restarts may fail: start torchrun with --rdzv_backend c10d and"
             " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment (docs/multi_node.md)",
+            file=sys.stderr,
+        )
+
+
+def _warn_of_no_gpu(has_gpu: bool) -> None:
+    """accelerate goes on without a GPU, whatever its configuration says of them."""
+    wants_gpu = os.environ.get("ACCELERATE_USE_CPU", "true").lower() == "false"
+    if wants_gpu and not has_gpu and os.environ.get("RANK", "0") == "0":
+        print(
+            "warning: no GPU is seen here, and all runs on the CPU, many times slower: `python -m"
+            " magneto_dist.doctor` says why (with --cpu this line does not come)",
             file=sys.stderr,
         )
 

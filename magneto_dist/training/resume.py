@@ -63,7 +63,10 @@ def checkpoint_to_resume(config: Config, dataset: Dataset) -> Path | None:
         checkpoint = Path(config.resume)
         damage = find_damage(checkpoint)
         if damage:
-            raise InputError(f"--resume {checkpoint}: {damage}")
+            raise InputError(
+                f"--resume {checkpoint}: {damage}; give RUN_DIR/checkpoints/step-N of a complete"
+                " one, or auto"
+            )
         is_ours = checkpoint.resolve().is_relative_to(run_dir.resolve())
         if (checkpoint / DEEPSPEED).exists() and not is_ours:
             raise InputError(

@@ -39,7 +39,9 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
-            raise InputError(f"--output_dir {path}: {error.strerror}") from None
+            raise InputError(
+                f"--output_dir {path}: cannot be written ({error.strerror}); choose another folder"
+            ) from None
         _wait_for_lock(self._lock, path, wait_s)
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")

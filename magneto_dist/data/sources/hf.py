@@ -215,7 +215,8 @@ def _rows(source: HfSplit, columns: HfColumns) -> list[HfRow]:
     if missing:
         raise InputError(
             f"{source.where}: there is no column {missing[0]!r}; the columns are"
-            f" {', '.join(map(repr, names))}"
+            f" {', '.join(map(repr, names))}; name yours with --columns.image, --columns.tags and"
+            " --columns.important"
         )
     texts = select(source, data, [name for name in wanted[1:] if name is not None])
     labels = Labels()

@@ -53,7 +53,11 @@ def read_cells(
                     f" {', '.join(map(repr, cells))}"
                 )
                 if is_first:
-                    raise InputError(f"{where}: {reason}")
+                    raise InputError(
+                        f"{where}: {reason}; name yours with --columns.image, --columns.tags and"
+                        " --columns.important (null: no labels), and begin a CSV with a line of"
+                        " names"
+                    )
                 yield where, reason
             else:
                 yield where, {**dict.fromkeys(missing), **cells}
@@ -61,7 +65,7 @@ def read_cells(
     except OSError as error:
         raise InputError(f"table {table}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"table {table}: is not UTF-8 text: {error}") from None
+        raise InputError(f"table {table}: is not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def _read_delimited(table: Path) -> Iterator[Row]:
@@ -81,6 +85,10 @@ def _read_delimited(table: Path) -> Iterator[Row]:
                 return
             if header is None:
                 header = fields
+            elif fields and len(header) == 1 and ";" in header[0]:
+                raise InputError(
+                    f"{table}: its columns are separated by ';': save it with {delimiter!r}"
+                )
             elif fields and len(fields) != len(header):
                 yield (
                     where,
