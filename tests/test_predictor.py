@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from loopback_hub import loopback_hub
 from magneto_dist import Magneto, Predictor
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.stream import SampleReader
@@ -269,3 +271,55 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     for name in (tmp_path / "absent", "a/b/c", "nobody/has this"):
         with pytest.raises(InputError, match="no such folder here"):
             Predictor.from_pretrained(name)
+
+
+ROUND_TRIP = """
+import sys
+from magneto_dist import Magneto, Predictor
+from magneto_dist.errors import InputError
+
+print(Magneto.from_pretrained(sys.argv[1]).push_to_hub("user/tags", token="secret"))
+there = Predictor.from_pretrained("user/tags", device="cpu")
+here = Predictor.from_pretrained(sys.argv[1], device="cpu")
+tags = list(there.run.vocabulary.tags[:5])
+print(there.predict(sys.argv[2], tags) == here.predict(sys.argv[2], tags))
+try:
+    Predictor.from_pretrained("user/nothing")
+except InputError as error:
+    print(error)
+"""
+OFFLINE = """
+from magneto_dist import Predictor
+from magneto_dist.errors import InputError
+
+print(len(Predictor.from_pretrained("user/tags").run.vocabulary))
+try:
+    Predictor.from_pretrained("user/nothing")
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_pushed_model_is_the_one_that_comes_back(
+    run_dir: Path, folder: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    def python(code: str, *options: object, **environment: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, options)],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+            env={**os.environ, "HF_HOME": str(tmp_path / "hf"), **environment,
+                 "PYTHONPATH": str(REPOSITORY)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    with loopback_hub() as hub:
+        pushed, same, unknown = python(ROUND_TRIP, run_dir, pictures[0], HF_ENDPOINT=hub.endpoint)
+        assert pushed == f"{hub.endpoint}/user/tags/commit/{hub.sha('user/tags')}"
+        assert same == "True"
+        assert unknown.startswith("user/nothing: no such folder here, and the Hub does not give")
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert hub.models["user/tags"] == files
+    num_tags, unknown = python(OFFLINE, HF_HUB_OFFLINE="1")
+    assert int(num_tags) > 0
+    assert unknown.startswith("user/nothing: no such folder here")
