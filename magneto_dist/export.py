@@ -37,7 +37,7 @@ TOLERANCE = 1e-4
 """Largest difference of a probability between the network and its exported form."""
 CHECKED_ITEMS = 64
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_BATCH_SIZES = (1, 2, 5, 8)  # the rest by eights: what was traced must hold for any number
+_BATCH_SIZES = (1, 2, 5, 8)  # the rest by eights
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,17 @@ def write_onnx(graph: torch.export.ExportedProgram, path: Path) -> Call:
         )
     assert program is not None
     program.save(path, external_data=False)  # above 2 GB it takes a second file all the same
+    return open_onnx(path)
+
+
+def open_onnx(path: Path, num_threads: int = 0) -> Call:
+    """A model in ONNX Runtime, on the CPU; 0 threads: as many as there are cores."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_outputs()]
     taken = [node.name for node in session.get_inputs()]  # what the model ignores is left out
 
     def call(inputs: Inputs) -> dict[str, Any]:
@@ -175,10 +183,8 @@ def write_onnx(graph: torch.export.ExportedProgram, path: Path) -> Call:
     return call
 
 
-def check_batches(run: TrainedRun, items: Items) -> list[Inputs]:
-    """The first CHECKED_ITEMS, less those that cannot be used, in batches of several sizes.
-
-    All but the first have as many slots as their longest list.
+def inputs_of(run: TrainedRun, items: Items) -> Inputs:
+    """The first CHECKED_ITEMS, less those that cannot be used, with all slots.
 
     Raises:
         InputError: there is none that can be used.
@@ -187,21 +193,29 @@ def check_batches(run: TrainedRun, items: Items) -> list[Inputs]:
     if size == 0:
         raise InputError("no items to compare the exported model on; name others with --check")
     sees_pictures = run.config.model.sees_pictures
-    loaded = ScoringBatches(items, run.vocabulary, run.config, size, sees_pictures, 0)[0]
-    if isinstance(loaded, InputError):
-        raise loaded
-    usable = [row for row, item in enumerate(loaded.items) if item.error is None]
+    batch = ScoringBatches(items, run.vocabulary, run.config, size, sees_pictures, 0)[0]
+    if isinstance(batch, InputError):
+        raise batch
+    usable = [row for row, item in enumerate(batch.items) if item.error is None]
     if not usable:
         raise InputError(
             f"none of {size} items can be used to compare the exported model on, the first because"
-            f" {loaded.items[0].error}; name others with --check"
+            f" {batch.items[0].error}; name others with --check"
         )
-    tensors = {"tag_ids": loaded.tag_ids, "tag_mask": loaded.tag_mask, "pixels": loaded.pixels}
-    whole = {name: tensor[usable] for name, tensor in tensors.items() if tensor is not None}
-    sizes = [*_BATCH_SIZES, *[_BATCH_SIZES[-1]] * (CHECKED_ITEMS // _BATCH_SIZES[-1])]
-    ends = [min(end, len(usable)) for end in accumulate(sizes)]
+    tensors = {"tag_ids": batch.tag_ids, "tag_mask": batch.tag_mask, "pixels": batch.pixels}
+    return {name: tensor[usable] for name, tensor in tensors.items() if tensor is not None}
+
+
+def batches_of(inputs: Inputs) -> list[Inputs]:
+    """The same items in batches of several sizes, all but the first with no more slots than needed.
+
+    What was traced with one number of items and slots must hold for any.
+    """
+    items = len(inputs["tag_ids"])
+    sizes = [*_BATCH_SIZES, *[_BATCH_SIZES[-1]] * (items // _BATCH_SIZES[-1])]
+    ends = [min(end, items) for end in accumulate(sizes)]
     cuts = [slice(a, b) for a, b in pairwise([0, *ends]) if a < b]
-    batches = [{name: tensor[cut] for name, tensor in whole.items()} for cut in cuts]
+    batches = [{name: tensor[cut] for name, tensor in inputs.items()} for cut in cuts]
     return [batches[0], *map(_trimmed, batches[1:])]
 
 
@@ -226,7 +240,7 @@ def largest_difference(network: nn.Module, call: Call, batches: list[Inputs]) ->
 def _write_runtimes(
     run: TrainedRun, folder: Path, runtimes: Sequence[Runtime], items: Items
 ) -> dict[Runtime, Parity]:
-    batches = check_batches(run, items)
+    batches = batches_of(inputs_of(run, items))
     network = Probabilities(run.model)
     graph = export_graph(network, run)
     parity: dict[Runtime, Parity] = {}
