@@ -29,7 +29,7 @@ from tqdm import tqdm
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "torchvision", "simplejpeg", "pillow", "opencv-python-headless",
              "nvidia-dali-cuda130", "accelerate", "deepspeed", "webdataset", "datasets", "litdata",
-             "mosaicml-streaming")  # fmt: skip
+             "mosaicml-streaming", "onnx", "onnxruntime")  # fmt: skip
 
 
 @dataclass(frozen=True)

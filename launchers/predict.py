@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
 
 from magneto_dist.config_io import clear_parser_errors
-from magneto_dist.data.items import Items, open_items
+from magneto_dist.data.items import StoredItems, open_items
 from magneto_dist.data.sources.table import TableColumns
 from magneto_dist.data.workers import default_num_workers
 from magneto_dist.errors import InputError, exit_with_clear_errors
@@ -109,7 +109,7 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _items(options: Namespace, run: TrainedRun, scratch: Path) -> Items:
+def _items(options: Namespace, run: TrainedRun, scratch: Path) -> StoredItems:
     return open_items(
         options.input,
         scratch,

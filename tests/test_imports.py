@@ -24,6 +24,9 @@ MAY_IMPORT = {
     "prediction_file": LEAVES | {"inference"},
     "gallery": LEAVES | {"data", "inference"},
     "prediction_run": LEAVES | {"data", "inference", "gallery", "prediction_file", "trained_run"},
+    "model_card": LEAVES | {"report", "trained_run", "training"},
+    "hub": LEAVES | {"model_card", "trained_run"},
+    "predictor": LEAVES | {"data", "hub", "inference", "trained_run"},
 }
 MAY_IMPORT["scoring"] = set(MAY_IMPORT)
 MAY_IMPORT["export"] = set(MAY_IMPORT)
@@ -39,6 +42,7 @@ ONLY_IN = {
     "datasets": {"data/sources/hf_split.py"},
     "onnxruntime": {"export.py"},
     "onnx": {"export.py"},
+    "huggingface_hub": {"hub.py", "data/sources/hf_split.py"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

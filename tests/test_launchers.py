@@ -8,11 +8,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 
+from magneto_dist import export
+from magneto_dist.data.items import ShardItems
+from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError
-from magneto_dist.export import load_exported
+from magneto_dist.hub import load_exported
 from magneto_dist.trained_run import load_run
 from processes import TINY, damage_picture, refused, run, summary
 from warm import REPOSITORY
@@ -62,15 +66,20 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def exported(run_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "für alle"
-    printed = run("export.py", "--run", str(run_dir), "--out", str(out), "--onnx")
-    assert "probabilities differ by at most" in printed
+    printed = run("export.py", "--run", str(run_dir), "--out", str(out), "--onnx", "--pt2")
+    for runtime in ("onnx", "pt2"):
+        (difference,) = re.findall(
+            rf"model.{runtime}: probabilities of 22 items differ by at most (\S+) from", printed
+        )
+        assert float(difference) < 1e-5
     return out
 
 
 def test_exported_model_gives_the_same_bits(run_dir, exported):
     out = exported
     assert sorted(path.name for path in out.iterdir()) == [
-        "README.md", "config.json", "model.onnx", "model.safetensors", "vocabulary.txt",
+        "README.md", "config.json", "model.onnx", "model.pt2", "model.safetensors",
+        "vocabulary.txt",
     ]  # fmt: skip
     ours, theirs = load_exported(out), load_run(run_dir)
     assert ours.vocabulary.tags == theirs.vocabulary.tags
@@ -82,7 +91,59 @@ def test_exported_model_gives_the_same_bits(run_dir, exported):
     assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "magneto" in card
+    assert "`model.onnx`: off by at most" in card
     assert str(run_dir) not in card + (out / "config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("items", "slots"), [(1, 1), (1, 12), (3, 1), (9, 40)])
+def test_exported_model_takes_any_number_of_items_and_tags(run_dir, exported, items, slots):
+    network = load_run(run_dir).model
+    generator = torch.Generator().manual_seed(items)
+    num_tags = network.tag_embedding.vectors.padding_idx
+    mask = torch.arange(slots) < torch.randint(slots + 1, (items, 1), generator=generator)
+    inputs = {
+        "tag_ids": torch.randint(num_tags, mask.shape, generator=generator).where(mask, num_tags),
+        "tag_mask": mask,
+        "pixels": torch.randint(256, (items, 3, 32, 32), generator=generator, dtype=torch.uint8),
+    }
+    with torch.no_grad():
+        prediction = network(**inputs)
+        pt2 = torch.export.load(exported / "model.pt2").module()(**inputs)
+    session = onnxruntime.InferenceSession(exported / "model.onnx")
+    assert [node.shape[:2] for node in session.get_inputs()][:2] == [["batch", "slot"]] * 2
+    names = [node.name for node in session.get_outputs()]
+    assert names == ["probability", "image", "tag", "alpha"]
+    got = dict(
+        zip(names, session.run(names, {k: v.numpy() for k, v in inputs.items()}), strict=True)
+    )
+    for name, head in (("probability", "final"), ("image", "image"), ("tag", "tag")):
+        expected = prediction.probability(head)
+        torch.testing.assert_close(pt2[name], expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(torch.from_numpy(got[name]), expected, atol=1e-6, rtol=0)
+
+
+def test_an_export_that_differs_is_refused(run_dir, demo_shards, tmp_path, monkeypatch):
+    trained = load_run(run_dir)
+    items = ShardItems(Dataset.open(str(demo_shards)), "validation", True)
+
+    def write_wrong(graph, path):
+        name = "network.tag_head.bias"
+        graph.state_dict[name] = torch.nn.Parameter(graph.state_dict[name] + 1)
+        return export.write_pt2(graph, path)
+
+    monkeypatch.setitem(export._WRITERS, "pt2", write_wrong)
+    with pytest.raises(InputError, match=r"--pt2: probabilities differ by 0\.\d+ from"):
+        export.export_run(trained, tmp_path / "out", ["pt2"], items)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_needs_items_to_be_compared_on(run_dir, tmp_path):
+    (tmp_path / "items.csv").write_text("file_name,tags\na.jpg,nobody knows this\n")
+    error = refused("export.py", "--run", str(run_dir), "--out", str(tmp_path / "out"), "--pt2",
+                    "--check", str(tmp_path / "items.csv"))  # fmt: skip
+    assert "none of 1 items" in error
+    assert "--check" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_overwrites_nothing(run_dir, tmp_path):

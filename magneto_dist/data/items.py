@@ -39,17 +39,21 @@ class Items(Protocol):
 
     def __len__(self) -> int: ...
 
-    @property
-    def sha256(self) -> str:
-        """Tells these items from others; pictures outside shards may still have changed."""
-        ...
-
     def read(self, numbers: Sequence[int]) -> list[Sample | BadSample]:
         """These items, in this order.
 
         Raises:
             InputError: a shard cannot be read.
         """
+        ...
+
+
+class StoredItems(Items, Protocol):
+    """Items that a later process finds again."""
+
+    @property
+    def sha256(self) -> str:
+        """Tells these items from others; pictures outside shards may still have changed."""
         ...
 
 
@@ -68,7 +72,7 @@ class PictureItems:
 
     @property
     def sha256(self) -> str:
-        """See `Items`."""
+        """See `StoredItems`."""
         return self.rows.sha256
 
     def read(self, numbers: Sequence[int]) -> list[Sample | BadSample]:
@@ -126,7 +130,7 @@ class ShardItems:
 
     @property
     def sha256(self) -> str:
-        """See `Items`."""
+        """See `StoredItems`."""
         shards = [asdict(shard) for shard in self.dataset.shards(self.split)]
         return hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
@@ -157,7 +161,7 @@ def open_items(
     split: str,
     images: Path | None,
     columns: TableColumns,
-) -> Items:
+) -> StoredItems:
     """What there is to predict in `source`.
 
     Args:
@@ -174,7 +178,7 @@ def open_items(
         InputError: it cannot be read, holds no items, or has no pictures though they are needed.
     """
     path = Path(source)
-    items: Items
+    items: StoredItems
     if not is_url(source) and path.suffix.lower() in TABLE_SUFFIXES and not path.is_dir():
         items = _open_table(path, scratch, images, columns, with_images)
     elif not is_url(source) and path.is_dir() and not (path / DATASET_FILE).exists():

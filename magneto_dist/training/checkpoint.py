@@ -185,6 +185,11 @@ def _stays_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
+def has_progress(folder: Path) -> bool:
+    """Whether a folder with weights records how they came about: exported ones do not."""
+    return (folder / _PROGRESS).is_file()
+
+
 def read_progress(folder: Path) -> Progress:
     """The progress that a checkpoint records.
 
