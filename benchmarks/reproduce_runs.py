@@ -290,9 +290,10 @@ def _require_success(job: Job, code: int, log: Path) -> None:
 
 def _require_same(held: Mapping[str, Any], wanted: Config, path: Path) -> None:
     before, now = _flat(held), _flat(yaml.safe_load(config_to_yaml(wanted)))
-    changed = [key for key in now if key not in _FREE and before.get(key) != now[key]]
+    settled = {key for key, value in now.items() if value == "auto"}  # by the run itself
+    changed = [key for key in now.keys() - _FREE - settled if before.get(key) != now[key]]
     if changed:
-        key = changed[0]
+        key = min(changed)
         raise InputError(
             f"{path.parent} holds a run with --{key} {before.get(key)}, and now it is {now[key]}"
             f" ({len(changed)} settings differ): set them back, or choose another --work"

@@ -36,7 +36,7 @@ from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.loop import Job, train
 from magneto_dist.training.optim import Schedule
 from magneto_dist.training.process import StopRequest
-from magneto_dist.training.resume import settle_frozen_precision
+from magneto_dist.training.resume import settled_precision, with_precision
 from magneto_dist.training.session import Session
 from magneto_dist.training.telemetry import Telemetry
 from magneto_dist.training.weight_average import WeightAverage
@@ -61,7 +61,7 @@ def endless(config: Config) -> Config:
     Raises:
         InputError: the frozen stages cannot compute in what it says.
     """
-    config = settle_frozen_precision(config, None)
+    config = with_precision(config, settled_precision(config, None))
     return replace(
         config,
         optim=replace(config.optim, lr=LR, warmup_steps=0, schedule="constant"),

@@ -50,7 +50,8 @@ from magneto_dist.training.process import StopRequest, die_with_launcher
 from magneto_dist.training.resume import (
     checkpoint_to_resume,
     fingerprint,
-    settle_frozen_precision,
+    settled_precision,
+    with_precision,
 )
 from magneto_dist.training.run_folder import RunFolder
 from magneto_dist.training.session import Session
@@ -117,7 +118,9 @@ def _train_in_folder(
     dataset = session.on_all(lambda: open_data(config))
     whereabouts.at("start")
     checkpoint = session.from_main(lambda: checkpoint_to_resume(config, dataset))
-    config = session.from_main(partial(settle_frozen_precision, config, checkpoint))
+    # Of the main process: machines of ranks may differ.
+    precision = session.from_main(partial(settled_precision, config, checkpoint))
+    config = with_precision(config, precision)
     whereabouts.at("start")
     start = session.on_all(lambda: read_progress(checkpoint) if checkpoint else Progress())
     plan = derive_plan(config, session, start)

@@ -217,8 +217,8 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
             "python launchers/evaluate.py --run run --data.path mine",
         ),
         Mistake(
-            "to predict for a folder that holds no data set",
-            "python launchers/predict.py --run run --input photos --out tags.jsonl",
+            "to predict for a folder without pictures",
+            "python launchers/predict.py --run run --input run --out tags.jsonl",
         ),
         Mistake(
             "to export into a folder that is in use",

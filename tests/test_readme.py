@@ -138,7 +138,7 @@ VARIANTS = {
     ),
     "python launchers/predict.py --run runs/mine --input photos.csv --out tags.jsonl"
     " --html tags.html": Variant(leaves=("tags.jsonl", "tags.html")),
-    "python launchers/export.py --run runs/mine --out exported --onnx": Variant(
+    "python launchers/export.py --run runs/mine --out exported --onnx --pt2": Variant(
         leaves=("exported/model.onnx",)
     ),
 }

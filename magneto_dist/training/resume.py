@@ -107,11 +107,8 @@ def _meaning(config: Config) -> dict[str, Any]:
     return meaning
 
 
-def settle_frozen_precision(config: Config, checkpoint: Path | None) -> Config:
-    """`config` with what `model.frozen_precision: auto` means for this run, which records it.
-
-    A run that goes on keeps to what it began with, on whatever machine. Ranks take the main
-    process's answer, as their machines may differ.
+def settled_precision(config: Config, checkpoint: Path | None) -> Precision:
+    """What `model.frozen_precision` means for this run, which keeps to it on whatever machine.
 
     Raises:
         InputError: fp16 without a GPU.
@@ -119,13 +116,19 @@ def settle_frozen_precision(config: Config, checkpoint: Path | None) -> Config:
     precision: Precision = frozen_precision(config.model)
     if config.model.frozen_precision == "auto":
         if checkpoint:
-            precision = frozen_precision(load_config(checkpoint / "config.yaml").model)
-        elif config.train.param_dtype == "float64" or precision == "no":
-            precision = "no"
-        elif config.train.precision != "no":
-            precision = config.train.precision
-    elif precision == "fp16" and not torch.cuda.is_available():
+            return frozen_precision(load_config(checkpoint / "config.yaml").model)
+        if config.train.param_dtype == "float64" or precision == "no":
+            return "no"
+        return precision if config.train.precision == "no" else config.train.precision
+    if precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--model.frozen_precision fp16 needs a GPU; on CPU use auto, bf16 or no")
+    return precision
+
+
+def with_precision(config: Config, precision: Precision) -> Config:
+    """`config` with this in place of "auto"; what was said otherwise the ranks are to agree on."""
+    if config.model.frozen_precision != "auto":
+        return config
     return replace(config, model=replace(config.model, frozen_precision=precision))
 
 

@@ -14,7 +14,7 @@ from magneto_dist.config import Config, ModelConfig, TrainConfig
 from magneto_dist.config_io import config_to_yaml
 from magneto_dist.errors import InputError
 from magneto_dist.model.folding import FoldedStages, fast_precision
-from magneto_dist.training.resume import settle_frozen_precision
+from magneto_dist.training.resume import settled_precision
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 # Relative to all features, by their norm: some 20 and 40 times what one number is rounded by. A
@@ -189,7 +189,7 @@ def test_a_run_records_what_auto_means_and_keeps_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def settled(config: Config, checkpoint: Path | None = None) -> str:
-        return settle_frozen_precision(config, checkpoint).model.frozen_precision
+        return settled_precision(config, checkpoint)
 
     auto = Config(model=ModelConfig(frozen_precision="auto"))
     monkeypatch.setattr("magneto_dist.model.backbone.fast_precision", lambda: "bf16")

@@ -232,10 +232,10 @@ def test_what_cannot_be_scored_is_refused_in_one_line(
     run_dir: Path, demo_shards: Path, tmp_path: Path
 ) -> None:
     ours = ("--run", str(run_dir))
-    absent = str(tmp_path / "absent.json")
+    absent, out = str(tmp_path / "absent.json"), str(tmp_path / "tags.jsonl")
     assert "No such file" in refused("evaluate.py", *ours, "--threshold", absent)
     assert "No such file" in refused(
-        "predict.py", *ours, "--input", str(demo_shards), "--out", absent, "--threshold", absent
+        "predict.py", *ours, "--input", str(demo_shards), "--out", out, "--threshold", absent
     )
     assert "between 0 and 1" in refused("evaluate.py", *ours, "--threshold", "1.5")
     assert "nothing is chosen" in refused("evaluate.py", *ours, "--choose_on", "half")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from magneto_dist.config_io import load_config
-from magneto_dist.export import load_exported
+from magneto_dist.hub import load_exported
 from magneto_dist.model.folding import fast_precision
 from magneto_dist.trained_run import load_run
 from processes import TINY, losses, run, summary
