@@ -314,7 +314,8 @@ def test_a_pushed_model_is_the_one_that_comes_back(
         return done.stdout.splitlines()
 
     with loopback_hub() as hub:
-        pushed, same, unknown = python(ROUND_TRIP, run_dir, pictures[0], HF_ENDPOINT=hub.endpoint)
+        online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
+        pushed, same, unknown = python(ROUND_TRIP, run_dir, pictures[0], **online)
         assert pushed == f"{hub.endpoint}/user/tags/commit/{hub.sha('user/tags')}"
         assert same == "True"
         assert unknown.startswith("user/nothing: no such folder here, and the Hub does not give")
