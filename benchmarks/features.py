@@ -35,6 +35,7 @@ from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources import demo
 from magneto_dist.loss import count_for_loss, ets_loss
+from magneto_dist.model.encoder import pack_tags
 from magneto_dist.model.magneto import build_model
 from magneto_dist.recipe import run_training
 from magneto_dist.training.feature_cache import CachedFeatures, cached_features
@@ -118,6 +119,8 @@ def _speed(config: Config, rounds: int) -> tuple[Built, list[Timing]]:
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(dataset.vocabulary))
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.tags.trim_padding:
+        pack_tags(model)  # as training does
     started_at_s = time.perf_counter()
     cached = cached_features(config, session, dataset, "cpu", model, lambda: False, Whereabouts())
     seconds = time.perf_counter() - started_at_s

@@ -77,7 +77,8 @@ def run_series(given: argparse.Namespace, overrides: Sequence[str]) -> None:
     for point in points:
         speed = f"{point.images_per_s:>10.1f} {point.efficiency:>11.0%}"
         print(f"{point.kind:<8}{point.ranks:>9} {speed}   {point.limit}")
-    got = min(result["cores_got"] for results in found.values() for result in results)
+    shares = [result["cores_got"] for results in found.values() for result in results]
+    got = min((share for share in shares if share is not None), default=1.0)
     if got < ALONE and numbers[-1] <= cores:
         print(f"warning: processes had a core for {got:.0%} of the time: something else runs here")
     result = {

@@ -50,8 +50,8 @@ def main() -> None:
     session = Session(config.train, config.optim.clip_norm)
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(session.from_main(lambda: temporary))  # all must have the same
-        made = (given.folder or work) / "synthetic"
-        path = {"demo": None, "synthetic": str(made)}.get(given.data, given.data)
+        made = (given.folder or work) / _synthetic_name(given, config)
+        path = {"demo": config.data.path, "synthetic": str(made)}.get(given.data, given.data)
         config = replace(config, data=replace(config.data, path=path))
         if given.data == "synthetic":
             session.from_main(lambda: _make(made, config, given))
@@ -119,11 +119,21 @@ def _config(given: argparse.Namespace, overrides: list[str]) -> Config:
     return config
 
 
+def _synthetic_name(given: argparse.Namespace, config: Config) -> str:
+    """What is kept in `--folder` is used again for the same alone."""
+    width, height = given.picture
+    per_item = _per_item(given, config)
+    return f"synthetic-{given.items}-{width}x{height}-{given.num_tags}-{per_item}"
+
+
+def _per_item(given: argparse.Namespace, config: Config) -> int:
+    return given.tags_per_item or max(1, config.tags.max_tags // 2)
+
+
 def _make(folder: Path, config: Config, given: argparse.Namespace) -> None:
     from synthetic import make_synthetic
 
-    per_item = given.tags_per_item or max(1, config.tags.max_tags // 2)
-    make_synthetic(folder, given.items, given.picture, given.num_tags, per_item)
+    make_synthetic(folder, given.items, given.picture, given.num_tags, _per_item(given, config))
 
 
 def _tell(found: dict[str, Any], given: argparse.Namespace) -> None:

@@ -59,7 +59,8 @@ def measure(
     loader = Loader(dataset, "train", config, session.world, plan, training=True)
     with training_job(config, session, dataset, plan, loader, folder) as job:
         stages = Stages(job, dataset)
-        runs = _chosen(stages.all(), only)
+        wants_loader = not only or bool({*only} & {*IN_LOADER})
+        runs = _chosen(stages.all(of_loader=wants_loader), only)
         ledger = _Ledger(session, runs, round_s)
         timings = compare_measured(ledger.calls(), 1, rounds, shows_bar=session.is_main)
         peak_memory_gb = _peak_memory(session)
@@ -125,7 +126,9 @@ class _Ledger:
         Of stages that do nothing but compute, on the CPU; None: there is none. Less than 1 where
         other processes run on this machine.
         """
-        threads = {"decode": 1, "augment": 1, "forward+backward": torch.get_num_threads()}
+        by_dali = "prepare" in self._runs  # its own threads, or the GPU, decode
+        threads = {"prepare": 1} if by_dali else {"decode": 1, "augment": 1}
+        threads["forward+backward"] = torch.get_num_threads()
         if self._session.device.type == "cuda":
             del threads["forward+backward"]
         shares = [median(self._got[n]) / threads[n] for n in threads if n in self._got]
@@ -153,7 +156,9 @@ def _setting(config: Config, session: Session, plan: BatchPlan, loader: Loader) 
         "micro_steps": plan.micro_steps,
         "image_size": config.augment.image_size,
         "policy": config.augment.policy,
-        "backbone_is_frozen": config.model.sees_pictures and config.model.backbone_is_frozen,
+        "backbone_is_frozen": config.model.sees_pictures
+        and config.model.backbone_is_frozen
+        and config.model.frozen_batch_norm == "fixed",
         "frozen_precision": config.model.frozen_precision,
         "frozen_precision_auto": _auto_precision(config),
         "trims_padding": config.tags.trim_padding,

@@ -134,13 +134,15 @@ def _longest_of_a_step(measured: Measured) -> tuple[str, float]:
 def _settings_of_data(stage: str, measured: Measured) -> tuple[str, ...]:
     found, ranks_per_node = measured.found, measured.found["ranks_per_node"]
     settings = []
-    core_ms = sum(measured.core_ms(name) for name in IN_LOADER)
+    by_dali = found["decoder"].startswith("dali")  # which decodes in the training process
+    in_workers = ("read", "prepare") if by_dali else IN_LOADER
+    core_ms = sum(measured.core_ms(name) for name in in_workers)
     own_cores = max(measured.cores // ranks_per_node, 1)
     workers = found["loader_processes_per_rank"]
     # GPUs leave the cores to the loader; on a CPU the training process keeps what it computes on.
     most = own_cores if measured.is_gpu else own_cores - found["threads_per_rank"]
     wanted = math.ceil(measured.rate("step") / found["ranks"] * core_ms / 1e3)
-    if min(wanted, most) > workers and stage != "prepare":
+    if min(wanted, most) > workers and stage in in_workers:
         settings.append(
             f"--data.num_workers {min(wanted, most)} (now {workers}; to keep up with training, each"
             f" rank needs {wanted} at {core_ms:.2f} ms an image)"

@@ -66,13 +66,13 @@ class Stages:
         """Micro-batches of some steps, as they come from the loader."""
         self._images_per_step = sum(_items(b) for step in self.fixed for b in step) / FIXED_STEPS
 
-    def all(self) -> dict[str, Run]:
+    def all(self, *, of_loader: bool = True) -> dict[str, Run]:
         """By name: all together first, then what a loader does, then what training does."""
         return {
             "whole": self._whole,
             "loader": self._loader,
             "step": lambda n: self._rounds.loop(repeated(self.fixed), n),
-            **self._stages_of_loader(),
+            **(self._stages_of_loader() if of_loader else {}),
             **self._stages_of_training(),
         }
 

@@ -76,10 +76,14 @@ def overhead(config: Config, dataset: Dataset, rounds: int, num_steps: int) -> O
         num_steps: of a call.
 
     Raises:
-        InputError: a precision for which a bare loop would need a loss scaler.
+        InputError: settings for which a bare loop would need more than a bare loop has.
     """
     if config.train.precision == "fp16":
         raise InputError("--train.precision fp16: the bare loop scales no loss; take bf16 or no")
+    if config.optim.clip_norm or config.train.ema_decay:
+        raise InputError(
+            "--optim.clip_norm, --train.ema_decay: the bare loop has neither; leave them at 0"
+        )
     config = endless(replace(config, data=replace(config.data, ledger=True)))
     session = Session(config.train, config.optim.clip_norm)
     plan = derive_plan(config, session, Progress())

@@ -43,7 +43,6 @@ def main() -> None:
         given = _parser().parse_args()
     die_with_launcher()
     out, report = (Path(path) if path else None for path in (given.out, given.report))
-    require_folders(out, report)
     run = load_run(Path(given.run))
     run = replace(run, config=_settings(run.config, given))
     dataset = Dataset.open(
@@ -53,6 +52,7 @@ def main() -> None:
     )
     options = _options(given, run)
     require_scorable(run, dataset, options)
+    require_folders(out, report)
     reason = without_baselines(run, dataset, given.baselines)
     session = Session(run.config.train)
     scored = score_split(run, session, dataset, replace(options, baselines=reason is None))

@@ -78,7 +78,9 @@ def main() -> None:
         raise InputError(f"{error.filename or file.path}: {error.strerror}") from None
     if summary is not None:  # else another rank will say so
         done = "was done before, " if done_before else ""
-        print(f"{file.path}: {done}{summary.items:,} items, of which {summary.failed:,} failed")
+        anew = "; remove it to score anew" if done_before else ""
+        counts = f"{summary.items:,} items, of which {summary.failed:,} failed"
+        print(f"{file.path}: {done}{counts}{anew}")
 
 
 def _parser() -> ArgumentParser:

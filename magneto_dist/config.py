@@ -217,10 +217,11 @@ class ModelConfig:
     authors' code; scale and shift stay. Slower; to reproduce their numbers alone."""
     frozen_precision: FrozenPrecision = "no"
     """What the frozen stages compute in; no: as the rest (float32, or train.precision); fp16 (GPU)
-    and bf16: 16 bits for them alone, whose output goes on as before; auto: train.precision if that
-    is fp16 or bf16, else what the machine that begins the run is fast in (bf16 on GPUs from Ampere
-    on and CPUs with AVX512_BF16, fp16 on older GPUs with tensor cores, else no). Weights and
-    checkpoints stay as they are. Evaluation and prediction do as training did."""
+    and bf16: 16 bits for them alone, whose output goes on as before; auto: no where the
+    machine that begins the run is slow in 16 bits, else train.precision if that is fp16 or bf16,
+    else what the machine is fast in (bf16 on GPUs from Ampere on and CPUs with AVX512_BF16, fp16 on
+    older GPUs with tensor cores). Weights and checkpoints stay as they are. Evaluation and
+    prediction do as training did."""
     projection_batch_norm: Literal["ghost", "local", "sync"] = "ghost"
     """The batch norm after the 1x1 convolution."""
     batch_norm_group_size: int = 16

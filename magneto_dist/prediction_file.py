@@ -104,10 +104,11 @@ class PredictionFile:
                 yield self.parts
             finally:
                 begun = self._begun()
-                if begun is None or (self._summary() and begun == asdict(self._plan)):
+                if begun is None or self._summary(begun):
                     with contextlib.suppress(BlockingIOError):  # others are still in there
                         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        shutil.rmtree(self.parts)
+                        # Whoever comes just now makes it anew, and removes it as the last one.
+                        shutil.rmtree(self.parts, ignore_errors=True)
 
     def begin(self, plan: Plan) -> Summary | None:
         """Starts, or goes on; the counts of a file that is done, None: there is something to do.
@@ -116,7 +117,7 @@ class PredictionFile:
             InputError: what was begun there is something else.
         """
         self._plan = plan
-        if (summary := self._summary()) is not None:
+        if (summary := self._summary(asdict(plan))) is not None:
             return summary
         claim, wanted = self.parts / "plan.json", asdict(plan)
         if not claim.exists():
@@ -154,10 +155,11 @@ class PredictionFile:
         with (self.parts / "joining").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             is_complete = all(self._part(block).exists() for block in self._blocks())
-            if not is_complete or self._summary() is not None:
+            done = asdict(self._plan)
+            if not is_complete or self._summary(done) is not None:
                 return None
             self._join()
-            return self._summary()
+            return self._summary(done)
 
     def _shared_lock(self) -> BinaryIO:
         while True:
@@ -175,13 +177,13 @@ class PredictionFile:
         except FileNotFoundError:
             return None
 
-    def _summary(self) -> Summary | None:
+    def _summary(self, plan: dict[str, Any]) -> Summary | None:
         try:
             noted = json.loads(self._summary_path.read_bytes())
             is_whole = self.path.stat().st_size == noted["bytes"]
         except (FileNotFoundError, ValueError, KeyError):
             return None
-        is_ours = noted.get("plan") == asdict(self._plan) and is_whole
+        is_ours = noted.get("plan") == plan and is_whole
         return Summary(noted["items"], noted["failed"]) if is_ours else None
 
     def _join(self) -> None:

@@ -120,7 +120,7 @@ def _train_in_folder(
     checkpoint = session.from_main(lambda: checkpoint_to_resume(config, dataset))
     # Of the main process: machines of ranks may differ.
     precision = session.from_main(partial(settled_precision, config, checkpoint))
-    config = with_precision(config, precision)
+    config = session.on_all(partial(with_precision, config, precision))
     whereabouts.at("start")
     start = session.on_all(lambda: read_progress(checkpoint) if checkpoint else Progress())
     plan = derive_plan(config, session, start)

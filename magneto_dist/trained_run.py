@@ -62,7 +62,12 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
     if checkpoint is None:
         raise InputError(f"{run_dir}: no complete checkpoint there; has the run saved one yet?")
     config = load_config(checkpoint / "config.yaml")
-    vocabulary = Vocabulary.from_bytes((run_dir / "vocabulary.txt").read_bytes())
+    try:
+        vocabulary = Vocabulary.from_bytes((run_dir / "vocabulary.txt").read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"{run_dir}/vocabulary.txt: {error.strerror}; copy the whole run folder"
+        ) from None
     if read_progress(checkpoint).vocabulary_sha256 not in ("", vocabulary.sha256):
         raise InputError(
             f"{run_dir}/vocabulary.txt is not the vocabulary that {checkpoint.name} was trained"

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from magneto_dist.data.augment import evaluation_augmentation
 from magneto_dist.data.decode_cpu import CpuDecoder
@@ -281,3 +282,29 @@ def test_prediction_leaves_nothing_behind_when_it_cannot_begin(run_dir, tmp_path
         assert reason in error
     error = refused("predict.py", *options(run_dir, demo_shards, out, "--html_items", "1001"))
     assert "1000" in error
+
+
+def test_other_pictures_of_the_same_names_are_scored_anew(run_dir, demo_shards, tmp_path):
+    table, out = tmp_path / "tags.csv", tmp_path / "out.jsonl"
+    tags = (demo_shards / "vocabulary.txt").read_text().splitlines()
+    table.write_text(f"file_name,tags\na.png,{tags[0]}\n")
+    for folder, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (40, 40), colour).save(tmp_path / folder / "a.png")
+    said = []
+    for folder in ("red", "blue", "blue"):
+        more = ("--images", str(tmp_path / folder))
+        printed = run("predict.py", *options(run_dir, table, out, *more))
+        said.append((lines(out)[0]["probability"], "was done before" in printed))
+    assert said[0][0] != said[1][0]
+    assert said[1][0] == said[2][0]
+    assert [done for _, done in said] == [False, False, True]
+
+
+def test_a_second_prediction_that_was_killed_hides_no_clear_line(run_dir, demo_shards, tmp_path):
+    out = tmp_path / "out.jsonl"
+    run("predict.py", *options(run_dir, demo_shards, out))
+    parts = tmp_path / "out.jsonl.parts"
+    parts.mkdir()
+    (parts / "plan.json").write_text('{"items": 3}')
+    assert "/nowhere" in refused("predict.py", *options(run_dir, Path("/nowhere/a.csv"), out))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -66,14 +67,22 @@ def table_rows(table: Path, columns: TableColumns) -> Iterator[ItemRow]:
 
 
 def folder_rows(folder: Path) -> Iterator[ItemRow]:
-    """The pictures in a folder and its subfolders by name; hidden ones and links are left out."""
-    names = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    """The pictures in a folder and its subfolders by name; hidden ones and links are left out.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    try:
+        names = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {error.strerror}") from None
     for entry in names:
         if entry.name.startswith(".") or entry.is_symlink():
             continue
         if entry.is_dir():
             for row in folder_rows(Path(entry.path)):
-                yield row._replace(path=f"{entry.name}/{row.path}")
+                path, error = f"{_unicode(entry.name)}/{row.path}", _not_unicode(entry.name)
+                yield row._replace(path=path, error=row.error or error)
         elif entry.name.lower().endswith(_PICTURES):
             yield ItemRow(_unicode(entry.name), None, None, _not_unicode(entry.name))
 
@@ -89,7 +98,7 @@ def write_rows(rows: Iterable[ItemRow], folder: Path) -> Path:
 
     Any number of processes may do that at once.
     """
-    temporary = folder / f".rows.{os.getpid()}.tmp"
+    temporary = folder / f".rows.{secrets.token_hex(4)}.tmp"
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             remaining = iter(rows)
@@ -149,7 +158,8 @@ def _table_row(where: str, cells: Cells | str, columns: TableColumns) -> ItemRow
         return ItemRow(_unicode(where), [], None, _unicode(cells))
     path = cells[columns.image]
     if not isinstance(path, str) or not path:
-        return ItemRow(where, [], None, f"column {columns.image!r} has no path of a picture")
+        reason = f"column {columns.image!r} has no path of a picture"
+        return ItemRow(_unicode(where), [], None, reason)
     try:
         tags = parse_tags(cells[columns.tags], columns.separator, f"column {columns.tags!r}") or ()
     except InputError as error:

@@ -73,7 +73,8 @@ class PictureItems:
     @property
     def sha256(self) -> str:
         """See `StoredItems`."""
-        return self.rows.sha256
+        given = [self.rows.sha256, str(self.pictures.root), self.separator]
+        return hashlib.sha256(json.dumps(given).encode()).hexdigest()
 
     def read(self, numbers: Sequence[int]) -> list[Sample | BadSample]:
         """See `Items`."""

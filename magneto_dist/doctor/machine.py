@@ -1,6 +1,6 @@
 """What can be looked up without trying anything: packages, disk, memory, limits, network.
 
-Imports nothing that may be broken: torch and all that needs it are tried in `trials.py`.
+Imports nothing heavy that may be broken: torch and all that needs it are tried in `trials.py`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,19 @@ _NAMED = ("torch", "torchvision", "accelerate", "deepspeed", "nvidia-dali-cuda13
 def machine_findings(folder: Path) -> Iterator[Finding]:
     """All that can be looked up; `folder` is where runs and data sets will be written."""
     yield python_finding(sys.version_info[:3])
-    yield packages_finding(requires("magneto-dist") or [])
+    yield packages_finding(_requirements())
     yield memory_finding(available_memory_bytes())
     yield disk_finding(folder, shutil.disk_usage(existing(folder)).free)
     yield shared_memory_finding(shutil.disk_usage("/dev/shm").free, min(usable_cores() - 1, 8))
     yield open_files_finding(resource.getrlimit(resource.RLIMIT_NOFILE))
     yield network_finding(network_addresses(), own_address(), os.environ)
+
+
+def _requirements() -> list[str]:
+    try:
+        return requires("magneto-dist") or []
+    except PackageNotFoundError:
+        return ["magneto-dist"]  # which is then what is missing
 
 
 def python_finding(running: Sequence[int]) -> Finding:
@@ -83,8 +90,15 @@ def available_memory_bytes() -> float:
     free = float(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
-        free = min(free, float(most) - float(used.read_text()))
+        free = min(free, float(most) - float(used.read_text()) + _given_back_bytes(used.parent))
     return free
+
+
+def _given_back_bytes(group: Path) -> float:
+    """Files in the page cache of a container count as used, until somebody wants the memory."""
+    lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+    stat = {name: float(value) for name, value in lines}
+    return stat["active_file"] + stat["inactive_file"]
 
 
 def disk_finding(folder: Path, free_bytes: float) -> Finding:

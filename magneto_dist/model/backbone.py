@@ -77,7 +77,8 @@ def frozen_precision(config: ModelConfig) -> Precision:
     """What `config.frozen_precision` means on this machine."""
     if config.frozen_precision != "auto":
         return config.frozen_precision
-    return "no" if config.frozen_batch_norm == "drifting" else fast_precision()
+    stays_as_it_is = config.frozen_stages == 0 or config.frozen_batch_norm == "drifting"
+    return "no" if stays_as_it_is else fast_precision()
 
 
 def recompute_activations(model: nn.Module) -> None:

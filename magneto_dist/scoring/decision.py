@@ -11,6 +11,8 @@ from typing import Any
 
 from magneto_dist.errors import InputError
 
+_LARGEST_EXPONENT = 700.0  # e to that is still a float
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -28,7 +30,7 @@ class Decision:
         if self.temperature is None or not 0 < self.threshold < 1:
             return self.threshold
         odds = math.log(self.threshold / (1 - self.threshold))
-        return 1 / (1 + math.exp(-odds / self.temperature))
+        return 1 / (1 + math.exp(min(-odds / self.temperature, _LARGEST_EXPONENT)))
 
     def as_json(self, checkpoint_sha256: str) -> dict[str, Any]:
         """For the results; `decision_of` reads it."""

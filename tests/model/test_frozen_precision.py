@@ -195,6 +195,8 @@ def test_a_run_records_what_auto_means_and_keeps_to_it(
     monkeypatch.setattr("magneto_dist.model.backbone.fast_precision", lambda: "bf16")
     assert settled(auto) == "bf16"
     assert settled(Config()) == "no"
+    nothing_frozen = ModelConfig(frozen_precision="auto", frozen_stages=0)
+    assert settled(replace(auto, model=nothing_frozen)) == "no"
     assert settled(replace(auto, train=TrainConfig(precision="fp16"))) == "fp16"
     assert settled(replace(auto, train=TrainConfig(param_dtype="float64"))) == "no"
     begun = replace(auto, model=ModelConfig(frozen_precision="no"))

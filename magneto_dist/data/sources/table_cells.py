@@ -100,7 +100,7 @@ def _read_delimited(table: Path) -> Iterator[Row]:
 
 
 def _read_json_lines(table: Path) -> Iterator[Row]:
-    with table.open(encoding="utf-8") as file:
+    with table.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             where = f"{table}, line {number}"
             if not line.strip():
