@@ -12,6 +12,7 @@ Paper, appendix A.5: flipping, cropping, and the ImageNet policy of AutoAugment 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 class Augmentation:
     """What is done to one picture, independent of its size."""
 
-    crops: tuple[tuple[float, float], ...]
+    crops: Sequence[Sequence[float]]
     """Crops to try in turn: area as a fraction of the picture's, and log(width / height)."""
     position: tuple[float, float]
     """Where the crop lies: fractions in [0, 1) of the free way down and to the right."""
@@ -84,7 +85,7 @@ def training_augmentations(
     policy_draws = uniform(seed, epoch, sample_ids, "policy", 5)
     return [
         Augmentation(
-            crops=tuple(map(tuple, crops_of_sample)),
+            crops=crops_of_sample,
             position=(top, left),
             centre_log_aspects=(-max_log_aspect, max_log_aspect),
             centre_fraction=1.0,

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
@@ -29,8 +29,7 @@ from magneto_dist.vocabulary import Vocabulary
 _MAX_GAP_BYTES = 1 << 20  # between members that are read at once: it is read, too
 
 
-@dataclass(frozen=True, slots=True)
-class RawSample:
+class RawSample(NamedTuple):
     """The bytes of a sample, not yet looked at."""
 
     sample_id: int

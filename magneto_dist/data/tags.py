@@ -184,6 +184,8 @@ def _kept(
 ) -> Bool[np.ndarray, "batch tag"]:
     """Which tags stay where more than `room` are left; without `draws` the first ones."""
     batch, width = left.shape
+    if width <= room:
+        return left
     if draws is None:
         priority = np.broadcast_to(np.arange(width, dtype=np.float64), left.shape)
     else:
