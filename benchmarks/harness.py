@@ -140,10 +140,22 @@ def report(question: str, timings: Sequence[Timing], out: str | None) -> None:
     width = max(len(timing.name) for timing in timings)
     print(f"\n{question}\n{'':<{width}}  items/s  (slowest - fastest round)  ratio")
     for t in timings:
-        spread = f"({t.slowest_per_s:.0f} - {t.fastest_per_s:.0f})"
-        print(f"{t.name:<{width}}  {t.per_s:7.0f}  {spread:<25}  {t.ratio:5.2f}  {t.note}")
+        per_s, slowest, fastest = map(in_figures, (t.per_s, t.slowest_per_s, t.fastest_per_s))
+        spread = f"({slowest} - {fastest})"
+        print(f"{t.name:<{width}}  {per_s:>7}  {spread:<25}  {t.ratio:5.2f}  {t.note}")
     if out:
         save(out, {"question": question, "timings": [asdict(t) for t in timings]})
+
+
+def in_figures(per_s: float) -> str:
+    """A rate with three figures or more."""
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
+
+
+def reason_of(stderr: str) -> str:
+    """Why a launcher has failed: its clear line, or the end of what it said."""
+    said = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    return said[0].removeprefix("error: ") if said else stderr[-3000:]
 
 
 def save(out: str, measured: Mapping[str, object], folder: Path = RESULTS) -> None:
@@ -174,13 +186,14 @@ def provenance() -> dict[str, object]:
     }
 
 
-def parser(doc: str | None, *, timed: bool = True) -> argparse.ArgumentParser:
+def parser(doc: str | None, *, timed: bool = True, rounds: int = 7) -> argparse.ArgumentParser:
     """The options that every benchmark has; `--rounds` those that take times."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     if timed:
-        made.add_argument("--rounds", type=int, default=7, help="timed calls of each (default: 7)")
+        said = f"timed calls of each (default: {rounds})"
+        made.add_argument("--rounds", type=int, default=rounds, help=said)
     made.add_argument("--out", help="write benchmarks/results/OUT.json (default: only print)")
     return made
 

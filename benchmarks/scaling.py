@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from harness import RESULTS, provenance, save
+from harness import RESULTS, provenance, reason_of, save
 from magneto_dist.config_io import parse_command_line
 from magneto_dist.errors import InputError
 from throughput_card import ALONE
@@ -123,8 +123,7 @@ def _measure(world: World, given: argparse.Namespace, overrides: Sequence[str]) 
         check=False,
     )
     if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        reason = said[0].removeprefix("error: ") if said else done.stderr[-3000:]
+        reason = reason_of(done.stderr)
         raise InputError(f"torchrun of {world.ranks} processes failed: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -72,8 +72,7 @@ def main() -> None:
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
-    options = parser(__doc__)
-    options.set_defaults(rounds=5)
+    options = parser(__doc__, rounds=5)
     options.add_argument(
         "--config", type=Path, default=REPOSITORY / "configs" / "demo.yaml", help="YAML file"
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness import in_figures
 from throughput_rules import Measured, ceiling, diagnose
 
 ALONE = 0.90  # of the time on a core, below which other processes disturb what is measured
@@ -89,11 +90,7 @@ def markdown(measured: Measured, said: Mapping[str, Any], title: str, picture: s
 
 def _rates(timing: Mapping[str, Any]) -> list[str]:
     """Median, slowest and fastest round."""
-    return [_number(timing[name]) for name in ("per_s", "slowest_per_s", "fastest_per_s")]
-
-
-def _number(per_s: float) -> str:
-    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.3g}"
+    return [in_figures(timing[name]) for name in ("per_s", "slowest_per_s", "fastest_per_s")]
 
 
 def _header(measured: Measured) -> str:
@@ -120,8 +117,8 @@ def _said(said: Mapping[str, Any]) -> list[str]:
     utilisation = said["model_flop_utilisation"]
     of_peak = "" if utilisation is None else f", {utilisation:.1%} of the data sheet's"
     return [
-        f"whole step       {_number(said['images_per_s'])} images/s, {said['of_ceiling']:.0%} of"
-        f" the ceiling of {_number(said['ceiling_images_per_s'])} ({said['ceiling_is']})",
+        f"whole step       {in_figures(said['images_per_s'])} images/s, {said['of_ceiling']:.0%} of"
+        f" the ceiling of {in_figures(said['ceiling_images_per_s'])} ({said['ceiling_is']})",
         f"data             {said['of_data_already_there']:.0%} of the speed with data already"
         f" there, {said['data_wait']:.0%} of the time waiting for it",
         f"arithmetic       {said['flop_per_s_per_rank'] / 1e9:,.1f} GFLOP/s a rank,"

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from harness import now
 from magneto_dist.batch import Batch
@@ -213,19 +215,26 @@ class Stages:
 
     def _all_reduce(self) -> Callable[[int], None]:
         """As many bytes as the gradients have, in pieces as large as DDP's."""
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(
-            self.config.train.ddp_comm_hook, torch.float32
-        )
-        trained = (weight for weight in self.job.model.parameters() if weight.requires_grad)
-        count, piece = sum(weight.numel() for weight in trained), _BUCKET_BYTES // dtype.itemsize
-        sizes = [min(piece, count - start) for start in range(0, count, piece)]
-        buckets = [torch.zeros(size, dtype=dtype, device=self.session.device) for size in sizes]
+        hook = self.config.train.ddp_comm_hook
+        buckets = gradient_buckets(self.job.model, hook, self.session.device)
 
         def reduce(_: int) -> None:
             for bucket in buckets:
                 dist.all_reduce(bucket)
 
         return reduce
+
+
+def gradient_buckets(
+    model: nn.Module, comm_hook: str, device: torch.device
+) -> list[Float[Tensor, " element"]]:
+    """Zeros of as many bytes as the gradients of `model` send, in pieces as large as DDP's."""
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
+    dtype = dtypes.get(comm_hook, torch.float32)
+    trained = (weight for weight in model.parameters() if weight.requires_grad)
+    count, piece = sum(weight.numel() for weight in trained), _BUCKET_BYTES // dtype.itemsize
+    sizes = [min(piece, count - start) for start in range(0, count, piece)]
+    return [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
 
 
 def _items(batch: Batch) -> int:

@@ -301,4 +301,30 @@ def test_a_scaling_series_starts_its_ranks():
     kinds = [(point["kind"], point["ranks"]) for point in said["points"]]
     assert kinds == [("weak", 1), ("weak", 2), ("strong", 2)]
     assert all(point["images_per_s"] > 0 for point in said["points"])
+    assert [bool(point["limit"]) for point in said["points"]] == [False, True, True]
     assert "all-reduce" in said["worlds"][1]["passes"][0]["stages"]
+
+
+@pytest.mark.slow
+def test_ranks_print_one_card_and_the_share_of_all_of_them():
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    script = str(REPOSITORY / "benchmarks" / "throughput.py")
+    done = subprocess.run(
+        [sys.executable, *torchrun, script, *TINY, "--picture", "64x64", "--items", "32"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("bottleneck  ") == 1
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["ranks"] == 2
+    core_ms = {name: stage["core_ms_per_image"] for name, stage in said["stages"].items()}
+    stages = core_ms.keys() - {"whole", "loader", "step"}
+    assert "all-reduce" in stages
+    most = said["cores"] * 1e3 / sum(core_ms[name] for name in stages)
+    card = said["card"]
+    assert card["ceiling_images_per_s"] == pytest.approx(most)
+    assert card["of_ceiling"] == pytest.approx(card["images_per_s"] / most)
+    assert f"{card['of_ceiling']:.0%} of the ceiling" in done.stdout

@@ -1,0 +1,299 @@
+"""How much faster than the paper's way does this system train, and how near to what is possible?
+
+python benchmarks/training_rate.py --setting nuswide|ls --photos FOLDER_OF_JPEGS
+
+The paper's way is in `training_rate_paper.py`. Ours is `launchers/train_nuswide.py` or
+`train_ls.py` as it is, live and, where the whole backbone is frozen, with cached features (made
+before). All see the same pictures (500 x 375 pixels) and tags. Each is tried with loader processes
+and threads in several numbers (OMP_NUM_THREADS), for the cores are shared by loader and model, and
+ours on 2 ranks as well, each of which decodes and trains; what counts is the best of them. Then
+`training_rate_split.py` takes each apart: core-seconds an image of each stage. Cores / their sum is
+what is attainable on this machine.
+
+Weights are random and the learning rate is low: they cost the same, and nothing diverges. The
+global batch of `ls` is 16, so that a step takes seconds. Settings of the configuration follow as
+`--section.field value`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import psutil
+from tqdm import tqdm
+
+from harness import Timing, compare_measured, parser, reason_of, report, save
+from magneto_dist.errors import InputError, exit_with_clear_errors
+from training_rate_data import REPOSITORY, SET_UPS, Case
+from training_rate_paper import (
+    batches_of_paper,
+    forward_backward_of_paper,
+    network_of_paper,
+    optimizer_of_paper,
+)
+from training_rate_split import (
+    Split,
+    attainable,
+    medians,
+    print_splits,
+    split_of_ours,
+    split_of_paper,
+    with_framework,
+)
+
+PAPER, LIVE, CACHED = "the paper's way", "this system", "cached features"
+TIMES = "times the paper's way"
+CACHED_EPOCHS = 4  # one would be over in a second
+RANKS = 2
+_LOOK_S = 0.005
+
+Cost = dict[str, float]
+"""Of an image: `clock_s`, and `core_s` of the training processes."""
+
+
+class How(NamedTuple):
+    """A way, and what it has of the machine."""
+
+    way: str
+    workers: int
+    """Loader processes of a rank."""
+    threads: int
+    """Of a rank."""
+    ranks: int = 1
+
+    @property
+    def column(self) -> str:
+        """Those that have the same split."""
+        return self.way if self.ranks == 1 else f"{self.way}, {self.ranks} ranks"
+
+    def __str__(self) -> str:
+        return f"{self.column}, loader processes: {self.workers}, threads: {self.threads}"
+
+
+def main() -> None:
+    """Command line -> tables, and a file with --out."""
+    given, overrides = _parse()
+    if given.alone:
+        _run_alone(Case.of(given.setting, given.folder, given.items, overrides), given)
+    with tempfile.TemporaryDirectory() as temporary:
+        case = Case.of(given.setting, given.folder or Path(temporary), given.items, overrides)
+        if given.photos is None or not any(given.photos.glob("*.jpg")):
+            raise InputError("--photos: a folder with *.jpg is needed")
+        case.make(given.photos)
+        question, result = _compare(case, given, overrides)
+    print_splits(result["core_s_an_image"], result["attainable"])
+    if given.out:
+        save(given.out, {"question": question, **result})
+
+
+def _parse() -> tuple[argparse.Namespace, list[str]]:
+    options = parser(__doc__, rounds=3)
+    options.add_argument("--setting", choices=SET_UPS, default="nuswide", help="(default: nuswide)")
+    options.add_argument("--photos", type=Path, help="folder with *.jpg")
+    sizes = ", ".join(f"{name} {set_up.items}" for name, set_up in SET_UPS.items())
+    options.add_argument("--items", type=int, help=f"of an epoch (default: {sizes})")
+    options.add_argument("--folder", type=Path, help="keeps the pictures (default: does not)")
+    options.add_argument("--alone", help=argparse.SUPPRESS)  # one way, in this process
+    options.add_argument("--workers", type=int, help=argparse.SUPPRESS)
+    options.add_argument("--ranks", type=int, help=argparse.SUPPRESS)
+    return options.parse_known_args()
+
+
+def _compare(case: Case, given: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, dict]:
+    hows = {str(how): how for how in _hows(case)}
+    start = _Starter(given, case, overrides)
+    costs: dict[str, list[Cost]] = {name: [] for name in hows}
+
+    def measure(name: str) -> float:
+        costs[name].append(start(hows[name]))
+        return costs[name][-1]["clock_s"]
+
+    timings = compare_measured({name: lambda n=name: measure(n) for name in hows}, 1, given.rounds)
+    # With one thread: several wait for each other by turning in circles, which is no work.
+    single: dict[str, How] = {}
+    for how in hows.values():
+        if how.threads == 1:
+            single.setdefault(how.column, how)
+    splits: dict[str, list[Split]] = {column: [] for column in single}
+    turns = [how for _ in range(given.rounds) for how in single.values()]
+    for how in tqdm(turns, "core-seconds of stages", unit="call", disable=None):
+        splits[how.column].append(start(how._replace(way=f"{SPLIT}{how.way}")))
+    whole, best = {}, {}
+    for column, how in single.items():
+        training_s = medians(costs[str(how)][1:])["core_s"]
+        whole[column] = with_framework(medians(splits[column]), training_s)
+        best[column] = _best(timings, [str(h) for h in hows.values() if h.column == column])
+    cores = len(os.sched_getaffinity(0))
+    reached = {
+        column: {
+            **attainable(whole[column], cores, best[column].per_s),
+            TIMES: best[column].per_s / best[PAPER].per_s,
+        }
+        for column in whole
+    }
+    said = [
+        f"{column} {found[TIMES]:.2f} {TIMES} and {found['share']:.0%} of what is attainable"
+        for column, found in reached.items()
+        if column != PAPER
+    ]
+    question = f"training of {case.name}, batch {case.batch}: {'; '.join(said)}"
+    report(question, timings, None)
+    return question, {
+        "cores": cores,
+        "items": case.steps * case.batch,
+        "note": "random weights and a low learning rate, which cost the same",
+        "lowered": case.set_up.lowered,
+        "timings": [asdict(timing) for timing in timings],
+        "core_s_an_image": whole,
+        "attainable": reached,
+    }
+
+
+def _hows(case: Case) -> list[How]:
+    tried = case.set_up.tried
+    hows = [How(way, *how) for way in (PAPER, LIVE) for how in tried] + [How(LIVE, 0, 1, RANKS)]
+    if case.config.model.backbone_is_frozen:
+        hows += [How(CACHED, 1, 1), How(CACHED, 0, 1, RANKS)]
+    return hows
+
+
+def _best(timings: Sequence[Timing], names: Sequence[str]) -> Timing:
+    return max((t for t in timings if t.name in names), key=lambda t: t.per_s)
+
+
+class _Starter:
+    """Starts ways, each in a process of its own, on the same pictures and settings."""
+
+    def __init__(self, given: argparse.Namespace, case: Case, overrides: Sequence[str]) -> None:
+        items = case.steps * case.batch
+        self._options = [f"--setting={case.name}", f"--items={items}", *overrides]
+        self._options += [f"--folder={case.folder.parent}"]
+
+    def __call__(self, how: How) -> dict[str, float]:
+        """What a way finds out, after warming up."""
+        ranks = how.ranks if how.way.startswith(SPLIT) else 1  # a whole way starts them itself
+        command = [*_python(ranks), __file__, *self._options, "--alone", how.way]
+        done = subprocess.run(
+            [*command, f"--workers={how.workers}", f"--ranks={how.ranks}"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=_environment(how.threads),
+        )
+        if done.returncode != 0:
+            raise InputError(f"{how} failed: {reason_of(done.stderr)}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY)}
+
+
+def _python(ranks: int) -> list[str]:
+    if ranks == 1:
+        return [sys.executable]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc_per_node", str(ranks), "--"]
+
+
+# Whole ways -------------------------------------------------------------------------------------
+
+
+def _run_alone(case: Case, given: argparse.Namespace) -> NoReturn:
+    found = ALONE[given.alone](case, given.workers, given.ranks)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found), flush=True)
+    os._exit(0)
+
+
+def _paper(case: Case, workers: int, _: int) -> Cost:
+    network = network_of_paper(case)
+    optimizer = optimizer_of_paper(network, case)
+    for step, item in enumerate(batches_of_paper(case, workers, case.steps), start=1):
+        forward_backward_of_paper(network, case, item)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == case.warm_steps:
+            started_s, core_s = time.perf_counter(), time.process_time()
+    items = (case.steps - case.warm_steps) * case.batch
+    return {
+        "clock_s": (time.perf_counter() - started_s) / items,
+        "core_s": (time.process_time() - core_s) / items,
+    }
+
+
+def _ours(case: Case, workers: int, ranks: int, *more: str, epochs: int = 1) -> Cost:
+    warm = case.warm_steps
+    steps = epochs * case.steps // warm * warm
+    with tempfile.TemporaryDirectory() as run_dir, tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            [
+                *_python(ranks),
+                str(REPOSITORY / "launchers" / f"train_{case.name}.py"),
+                *case.options,
+                f"--data.path={case.shards}",
+                f"--data.num_workers={workers}",
+                f"--output_dir={run_dir}",
+                f"--max_steps={steps}",
+                f"--train.eval_every_epochs={epochs}",
+                f"--log.every_steps={warm}",
+                *more,
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        )
+        path = Path(run_dir) / "metrics.jsonl"
+        before_s, after_s = (_core_s_when_logged(process, path, s, ranks) for s in (warm, steps))
+        if process.wait() != 0:
+            said.seek(0)
+            raise InputError(reason_of(said.read()))
+        lines = map(json.loads, path.read_text().splitlines())
+        speeds = [line["images_per_second"] for line in lines if line["split"] == "train"]
+    items = (steps - warm) * case.batch
+    return {
+        "clock_s": sum(1 / speed for speed in speeds[1:]) / len(speeds[1:]),
+        "core_s": (after_s - before_s) / items,
+    }
+
+
+def _core_s_when_logged(
+    process: subprocess.Popen[bytes], path: Path, step: int, ranks: int
+) -> float:
+    """What the training processes have taken when they log a step; 0 if they end before."""
+    while process.poll() is None:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            launched = psutil.Process(process.pid)
+            training = [launched] if ranks == 1 else launched.children()
+            times = [each.cpu_times() for each in training]
+            return sum(t.user + t.system for t in times)
+        time.sleep(_LOOK_S)
+    return 0.0
+
+
+def _cached(case: Case, workers: int, ranks: int) -> Cost:
+    more = ["--data.feature_views=1", f"--data.cache_dir={case.folder / 'cache'}"]
+    return _ours(case, workers, ranks, *more, epochs=CACHED_EPOCHS)
+
+
+SPLIT = "split of "
+ALONE: dict[str, Callable[[Case, int, int], dict[str, float]]] = {
+    PAPER: _paper,
+    LIVE: _ours,
+    CACHED: _cached,
+    SPLIT + PAPER: lambda case, *_: split_of_paper(case),
+    SPLIT + LIVE: lambda case, *_: split_of_ours(case, cached=False),
+    SPLIT + CACHED: lambda case, *_: split_of_ours(case, cached=True),
+}
+
+if __name__ == "__main__":
+    exit_with_clear_errors(main)
