@@ -187,9 +187,9 @@ def settle_batch_norms(session: Session, model: nn.Module, *, skipped: bool) -> 
     An overflow may lie in the activations already, and would stay in the statistics for good.
     """
     if skipped:
-        reset_batch_norm_statistics(session.unwrap(model))
+        reset_batch_norm_statistics(model)
     else:
-        commit_batch_norm_statistics(session.unwrap(model), session.reduce_sum)
+        commit_batch_norm_statistics(model, session.reduce_sum)
 
 
 def _reduce_counts(job: Job, micro_batches: Sequence[Batch]) -> tuple[Counts, bool, bool]:
@@ -243,4 +243,4 @@ def _settle_gradient_buckets(job: Job) -> None:
         loss = ets_loss(job.model(**batch.inputs()), batch, counts, job.config.loss).total
         job.session.backward(loss * 0)
     job.optimizer.zero_grad()
-    reset_batch_norm_statistics(job.session.unwrap(job.model))
+    reset_batch_norm_statistics(job.model)
