@@ -124,12 +124,16 @@ class DataConfig:
     and read in every epoch instead of the picture; 0: none, pictures are decoded, augmented and run
     through the backbone anew in each epoch. Fewer views are less augmentation. Views, and the
     validation pictures, take 2 bytes a picture, region and channel each (ResNet-18 at 112 px: 16
-    kB); nothing removes them but you."""
+    kB)."""
     feature_dtype: FeatureDtype = "fp16"
     """Cached features: fp16 rounds to 11 bits, bf16 to 8 bits, for features above 65,504."""
     feature_seed: int = 0
     """Cached features: seed of the views' augmentation, so that runs with another seed share
     them."""
+    feature_cache_gb: float = 200.0
+    """Most disk space for the cached features of all runs, in 1e9 bytes per node. Before new ones
+    are made, those that no run uses go, the ones unused for longest first, as far as this or the
+    disk asks for."""
     constant_image: bool = False
     """Ablation: replace every picture by grey, to see what the tags alone can do."""
     stages: tuple[str, ...] = ()
@@ -176,7 +180,8 @@ class DataConfig:
             self.max_image_megapixels,
             "above 0",
         )
-        _require(self.cache_gb > 0, "data.cache_gb", self.cache_gb, "above 0")
+        for name in ("cache_gb", "feature_cache_gb"):
+            _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "above 0")
         _require(self.read_ahead_steps >= 0, "data.read_ahead_steps", self.read_ahead_steps, ">= 0")
 
 

@@ -14,7 +14,6 @@ chunk.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from magneto_dist.data.cache_room import locked
 from magneto_dist.data.parcels import empty
 from magneto_dist.data.randomness import random_bits
 from magneto_dist.errors import InputError
@@ -166,12 +166,9 @@ class FeatureWriter:
             with contextlib.suppress(ValueError):  # half a line of a crash, or none
                 yield json.loads(line)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> contextlib.AbstractContextManager[bool]:
         """Another run may make the same features, and gives the same files their names."""
-        with (self.path.parent / ".lock").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # the kernel frees it should the holder die
-            yield
+        return locked(self.path.parent / ".lock")
 
 
 class FeatureViews:

@@ -15,7 +15,6 @@ may exceed it until the last of them is there.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import time
@@ -23,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from magneto_dist.data.cache_room import Kept, evict, locked
 from magneto_dist.errors import InputError
 from magneto_dist.files import require_space, sync_file, sync_folder
 
@@ -80,7 +80,7 @@ class ShardCache:
             raise InputError(f"--data.cache_dir {self.folder}: {error.strerror}") from None
         there = {path.name for path in folder.iterdir()}
         missing = sum(size for name, size in num_bytes.items() if name not in there)
-        held = sum(size for _, size, _ in self._files())
+        held = sum(file.num_bytes for file in self._files())
         growth = min(held + missing, int(self.max_gb * 1e9)) - held
         purpose = f"the cache of shards (--data.cache_dir; at most --data.cache_gb {self.max_gb:g})"
         require_space(self.folder, growth, purpose)
@@ -90,7 +90,7 @@ class ShardCache:
         if _mark_used(shard):
             return shard
         shard.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(shard.with_name(f".{name}.lock"), waits) as is_ours:
+        with locked(shard.with_name(f".{name}.lock"), waits=waits) as is_ours:
             if is_ours and not _mark_used(shard):
                 self._download(shard, size(), download)
         return shard
@@ -119,23 +119,19 @@ class ShardCache:
                 f"shard {name} of {num_bytes / 1e9:.3g} GB does not fit into the cache of"
                 f" {self.max_gb:g} GB: raise data.cache_gb"
             )
-        with _locked(self.folder / ".lock"):
+        with locked(self.folder / ".lock"):
             files = list(self._files())
-            total = sum(size for _, size, _ in files)
-            for _, size, path in sorted(files):
-                if total + num_bytes <= max_bytes:
-                    break
-                path.unlink(missing_ok=True)
-                total -= size
+            too_many = sum(file.num_bytes for file in files) + num_bytes - max_bytes
+            evict(files, too_many, lambda path: path.unlink(missing_ok=True))
 
-    def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """Time of last use, bytes and path of every shard and of what killed processes left."""
+    def _files(self) -> Iterator[Kept]:
+        """Every shard, and what killed processes left."""
         for path in self.folder.glob("*/*"):
             with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
                 status = path.stat()
                 is_abandoned = time.time() - status.st_mtime > _ABANDONED_AFTER_S
                 if path.suffix in (".tar", ".idx") or (path.suffix == ".tmp" and is_abandoned):
-                    yield status.st_mtime, status.st_size, path
+                    yield Kept(status.st_mtime, status.st_size, path)
 
 
 def _mark_used(shard: Path) -> bool:
@@ -145,15 +141,3 @@ def _mark_used(shard: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _locked(path: Path, waits: bool = True) -> Iterator[bool]:
-    """Takes the lock file `path`, or says that it is taken; the kernel frees it with its holder."""
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True

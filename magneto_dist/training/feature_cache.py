@@ -1,6 +1,7 @@
 """The features of a frozen backbone, computed once: found in the cache, or made before training.
 
-1. `feature_key.py` names all that the features depend on, and their folder by a hash of that.
+1. `feature_key.py` names all that the features depend on, and their folder by a hash of that; no
+   other run removes it while this one lives (`feature_room.py`).
 2. The ranks find out which of them see the same folder. Those of one machine share the work; on
    storage that several machines share, those of the first of them make all, for two machines that
    write into one file may spoil each other's blocks; a machine with a folder of its own fills that.
@@ -28,12 +29,12 @@ from torch import Tensor, nn
 from magneto_dist.batch import Batch
 from magneto_dist.config import Config
 from magneto_dist.data.feature_files import FeatureViews, FeatureWriter
+from magneto_dist.data.feature_room import InUse, room_for
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.parallel import progress_bar
 from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError, PreemptedError
-from magneto_dist.files import require_space
 from magneto_dist.model.backbone import Backbone
 from magneto_dist.model.image_stream import region_features
 from magneto_dist.training.feature_key import cache_folder, ingredients, require_same
@@ -55,6 +56,8 @@ class CachedFeatures:
     """In all views."""
     validation: FeatureViews
     """As evaluation crops pictures: one view."""
+    in_use: InUse
+    """To be kept as long as they are read."""
 
 
 def cached_features(
@@ -86,10 +89,12 @@ def cached_features(
     made_of = session.on_all(lambda: ingredients(config, dataset, decoder, backbone))
     session.on_all(partial(require_same, session.gather(made_of)))
     folder = cache_folder(config, made_of)
+    in_use = session.on_all(lambda: _use(folder))
     place = _place(session, folder)
     views = session.on_all(
         lambda: _views(config, session.world, dataset, backbone, made_of, folder)
     )
+    session.on_all(lambda: _begin(views, config) if place.index == 0 else None)
     _fill(_Network(config, backbone, session.device), views, place, session, stopped, whereabouts)
     train, validation = (
         FeatureViews(
@@ -98,7 +103,12 @@ def cached_features(
         )
         for split in ("train", "validation")
     )
-    return CachedFeatures(train, validation)
+    return CachedFeatures(train, validation, in_use)
+
+
+def _use(folder: Path) -> InUse:
+    with _clear_errors(folder):
+        return InUse(folder)
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,6 @@ def ranks_that_fill(nodes: Sequence[int], sees: Sequence[bool]) -> list[int]:
 
 def _leave_token(token: Path) -> None:
     with _clear_errors(token.parent):
-        token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
 
 
@@ -210,6 +219,17 @@ def _feature_shape(backbone: Backbone, image_size: int) -> tuple[int, int]:
     return num_regions, num_channels
 
 
+def _begin(views: Sequence[_View], config: Config) -> None:
+    """Makes the files that are not there yet, where there is room for what will fill them."""
+    writers = [view.writer for view in views]
+    folder, num_bytes = writers[0].path.parent, sum(writer.missing_bytes for writer in writers)
+    with _clear_errors(folder):
+        room = room_for(folder, num_bytes, config.data.feature_cache_gb)
+        with room if num_bytes else nullcontext():
+            for writer in writers:
+                writer.begin()
+
+
 def _fill(
     network: _Network,
     views: list[_View],
@@ -224,7 +244,6 @@ def _fill(
     of all.
     """
     writers = [view.writer for view in views]
-    session.on_all(lambda: _begin(writers) if place.index == 0 else None)
     chunks = session.on_all(lambda: _missing_chunks(views, place))
     num_rounds = max(session.gather(len(chunks)))
     num_pictures = sum(session.gather(sum(_num_pictures(view, chunk) for view, chunk in chunks)))
@@ -243,15 +262,6 @@ def _fill(
                     "stopped by a signal while features were made; those that are finished are kept"
                 )
     session.on_all(lambda: [writer.finish() for writer in writers] if place.index == 0 else None)
-
-
-def _begin(writers: Sequence[FeatureWriter]) -> None:
-    folder = writers[0].path.parent
-    num_bytes = sum(writer.missing_bytes for writer in writers)
-    require_space(folder, num_bytes, "cached features (--data.feature_views, --data.cache_dir)")
-    with _clear_errors(folder):
-        for writer in writers:
-            writer.begin()
 
 
 def _missing_chunks(views: Sequence[_View], place: _Place) -> list[tuple[_View, int]]:

@@ -29,6 +29,7 @@ _NODE_HAS_ITS_OWN = {
     "data.path",  # what lies there is compared
     "data.cache_dir",
     "data.cache_gb",
+    "data.feature_cache_gb",
     "data.decoder",  # what it has become is compared
     "data.num_workers",
     "data.prefetch_batches",

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -308,6 +310,23 @@ def test_the_whole_distribution(real_root: Path) -> None:
     assert share.std() == pytest.approx(nus_wide_tags.SHARE_STD, rel=2e-3)
     assert round(share.min(), 6) == 0.090909
     assert max(len(row.tags) for row in rows) == nus_wide_tags.COVERED_MAX
+
+
+@pytest.mark.slow
+def test_the_whole_distribution_takes_seconds_and_little_memory(
+    real_root: Path, tmp_path: Path
+) -> None:
+    launcher = Path(__file__).parents[2] / "launchers" / "shards.py"
+    out = tmp_path / "out"
+    options = [f"--root={real_root}", f"--out={out}", "--annotations_only=true"]
+    command = [sys.executable, str(launcher), "build", "nus-wide", *options]
+    _, status, usage = os.wait4(os.posix_spawn(command[0], command, os.environ), 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    # Of all cores together, which does not depend on what else the machine has to do.
+    assert usage.ru_utime + usage.ru_stime < 20
+    assert usage.ru_maxrss * 1024 < 2e9
+    dataset = Dataset.open(str(out))
+    assert dataset.num_samples("train") + dataset.num_samples("validation") == 26_559
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"the distributed labels are not in {REAL}")

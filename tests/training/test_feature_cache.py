@@ -1,9 +1,8 @@
-"""Cached features are the live ones; what they depend on; kills, ranks and refusals."""
+"""Cached features are the live ones; what they depend on; room for them; refusals."""
 
 from __future__ import annotations
 
-import json
-import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_photographs import PHOTOS, WEIGHTS
 
 from magneto_dist.batch import Batch
@@ -38,8 +36,7 @@ from magneto_dist.training.feature_key import cache_folder, ingredients
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.session import Session
 from magneto_dist.world import World
-from processes import TINY, launch, losses, run, status, summary, wait_for_step
-from warm import PATIENCE_S
+from processes import run
 
 VIEWS = 3
 CONFIG = Config(
@@ -81,8 +78,8 @@ def build(
     model: MAGNeto,
     stopped: Callable[[], bool] = lambda: False,
 ) -> CachedFeatures:
-    session = Session(config.train)
-    return cached_features(config, session, dataset, "cpu", model, stopped, Whereabouts())
+    session, decoder = Session(config.train), config.data.decoder
+    return cached_features(config, session, dataset, decoder, model, stopped, Whereabouts())
 
 
 def loader(dataset: Dataset, split: str, config: Config, cached: CachedFeatures | None) -> Loader:
@@ -170,6 +167,20 @@ def test_cached_features_of_a_backbone_in_bf16_are_its_live_ones(
     assert_cached_is_live(config, Dataset.open(str(demo_shards)))
 
 
+def test_cached_features_of_pictures_that_dali_decodes_are_its_live_ones(
+    demo_shards: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI")
+    dataset = Dataset.open(str(demo_shards))
+    config = with_(CONFIG, "data", cache_dir=str(tmp_path))
+    build(config, dataset, model_of(config, dataset))
+    ours = folders_in(tmp_path)
+    assert_cached_is_live(with_(config, "data", decoder="dali_cpu"), dataset)
+    (folder,) = folders_in(tmp_path) - ours
+    views = [(each / "train-0000.npy").read_bytes() for each in (*ours, folder)]
+    assert views[0] != views[1]  # DALI resizes a bit differently: not taken for one another
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (PHOTOS.exists() and WEIGHTS.exists()),
@@ -249,9 +260,14 @@ def test_the_key_changes_with_each_ingredient(
     assert key_of(CONFIG, Dataset.open(str(demo_shards)))[0] == key
 
 
+def folders_in(cache: Path) -> set[Path]:
+    """All folders of features."""
+    return {path for path in (cache / "features").iterdir() if path.is_dir()}
+
+
 def files_of(cache: Path) -> dict[str, bytes]:
     """What is in the one folder of features, but for the lock."""
-    (folder,) = (cache / "features").iterdir()
+    (folder,) = folders_in(cache)
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
 
 
@@ -262,7 +278,7 @@ def test_a_signal_stops_between_chunks_and_keeps_them(demo_shards: Path, tmp_pat
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(PreemptedError, match="those that are finished are kept"):
         build(config, dataset, model, stopped=lambda: True)
-    (folder,) = (tmp_path / "features").iterdir()
+    (folder,) = folders_in(tmp_path)
     assert len(list(folder.glob(".*.log"))) == 1
     assert not list(folder.glob("*.npy"))
     build(config, dataset, model)
@@ -311,8 +327,39 @@ def test_no_room_is_said_before_the_first_picture(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
     with pytest.raises(InputError, match=r"cached features .* needs 0.0\d GB in .* make room"):
         build(config, dataset, model_of(config, dataset))
-    (folder,) = (tmp_path / "features").iterdir()
+    (folder,) = folders_in(tmp_path)
     assert list(folder.iterdir()) == []
+
+
+def test_the_features_of_a_run_that_lives_stay_and_others_make_room(
+    demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = Dataset.open(str(demo_shards))
+
+    def features(seed: int, gb: float = 1.0) -> tuple[CachedFeatures, Path]:
+        before = folders_in(tmp_path) if (tmp_path / "features").exists() else set()
+        config = with_(CONFIG, "data", feature_seed=seed, feature_cache_gb=gb)
+        config = with_(config, "data", cache_dir=str(tmp_path))
+        made = build(config, dataset, model_of(config, dataset))
+        (folder,) = folders_in(tmp_path) - before
+        return made, folder
+
+    used, first = features(11)
+    assert "cached features: 0.00 GB to be written to" in capsys.readouterr().out
+    second, third = features(12)[1], features(13)[1]
+    for age_s, folder in ((30, first), (20, second), (10, third)):
+        os.utime(folder, (0, time.time() - age_s))
+    size_gb = sum(path.stat().st_size for path in first.iterdir()) / 1e9
+    fourth = features(14, gb=3.5 * size_gb)[1]
+    assert folders_in(tmp_path) == {first, third, fourth}
+    said = capsys.readouterr().out
+    assert f"removed cached features: {second}, " in said
+    with pytest.raises(
+        InputError, match=r"that other runs use, .* more than --data.feature_cache_"
+    ):
+        features(15, gb=1.5 * size_gb)
+    assert {first, third, fourth} < folders_in(tmp_path)
+    assert used.train.read(0, torch.tensor([0]), torch.tensor([True]))[0].any()
 
 
 @pytest.mark.parametrize(
@@ -331,100 +378,3 @@ def test_no_room_is_said_before_the_first_picture(
 def test_refusals_name_the_setting(section: str, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=r"--data.feature_views -?\d: must be .*" + reason):
         with_(CONFIG, section, **changes)
-
-
-STEPS = 12
-OPTIONS = [
-    *TINY,
-    "--model.dropout=0",  # drawn per rank, so that it alone may differ
-    "--model.frozen_stages=all",
-    f"--data.feature_views={VIEWS}",
-    "--train.param_dtype=float64",
-    f"--max_steps={STEPS}",
-    "--checkpoint.every_steps=4",
-    "--train.eval_every_epochs=9",
-    "--optim.schedule=constant",
-]
-
-
-def options(data: Path, folder: Path, *more: str) -> list[str]:
-    cache, run_dir = folder / "cache", folder / "run"
-    return [
-        *OPTIONS,
-        f"--data.path={data}",
-        f"--output_dir={run_dir}",
-        f"--data.cache_dir={cache}",
-        *more,
-    ]
-
-
-@pytest.fixture(scope="module")
-def finished(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    run("train_ls.py", *options(demo_shards, folder))
-    return folder
-
-
-def final_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"run/checkpoints/step-{STEPS:08d}/model.safetensors")
-
-
-def test_kills_while_features_are_made_and_while_they_are_read_change_nothing(
-    demo_shards: Path, tmp_path: Path, finished: Path
-) -> None:
-    command = options(demo_shards, tmp_path)
-    process = launch("train_ls.py", *command)
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not list(tmp_path.glob("cache/features/*/.train-0000.log")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline_s
-        time.sleep(0.002)
-    process.kill()
-    process.communicate(timeout=PATIENCE_S)
-    assert not list(tmp_path.glob("cache/features/*/*.npy"))
-    process = launch("train_ls.py", *command)
-    wait_for_step(process, tmp_path / "run", 6)
-    process.kill()
-    process.communicate(timeout=PATIENCE_S)
-    run("train_ls.py", *command)
-    assert files_of(tmp_path / "cache") == files_of(finished / "cache")
-    assert losses(tmp_path / "run") == losses(finished / "run")
-    ours, theirs = final_weights(tmp_path), final_weights(finished)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_two_ranks_make_the_features_and_have_the_losses_of_one(
-    demo_shards: Path, tmp_path: Path, finished: Path
-) -> None:
-    run("train_ls.py", *options(demo_shards, tmp_path), ranks=2)
-    assert files_of(tmp_path / "cache") == files_of(finished / "cache")
-    ours, theirs = losses(tmp_path / "run"), losses(finished / "run")
-    assert list(ours) == list(theirs) == list(range(1, STEPS + 1))
-    for step, loss in theirs.items():
-        assert ours[step] == pytest.approx(loss, rel=1e-9), step
-
-
-def test_a_trained_run_is_evaluated_from_pictures(
-    demo_shards: Path, finished: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "scores.json"
-    run("evaluate.py", f"--run={finished / 'run'}", f"--data.path={demo_shards}", f"--out={out}")
-    cached = summary(finished / "run")["validation"]
-    live = json.loads(out.read_text())["validation"]
-    assert live["items"] == cached["items"]
-    assert live["loss"] == pytest.approx(cached["loss"], rel=1e-3)
-    assert not math.isclose(live["loss"], cached["loss"], rel_tol=1e-12)  # other bits: rounded
-    names = set(final_weights(finished))
-    assert any(name.startswith("image_stream.backbone.") for name in names)
-
-
-def test_a_disk_that_fills_up_is_one_clear_line(demo_shards: Path, tmp_path: Path) -> None:
-    process = launch("train_ls.py", *options(demo_shards, tmp_path), largest_file_bytes=100_000)
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 2, output
-    assert output.count("\nerror: ") == 1
-    assert "cached features cannot be written there" in output
-    assert "Traceback" not in output
-    assert status(tmp_path / "run")["state"] == "failed"
-    assert not list(tmp_path.glob("cache/features/*/*.npy"))

@@ -14,7 +14,9 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -52,22 +54,21 @@ def read_distribution(root: Path) -> Distribution:
     files = _Files(root)
     vocabulary = Vocabulary(files.lines("Concepts81.txt"))
     lists = _ImageLists(files)
-    labels = [
-        _flags(files, f"Labels_{concept}.txt", f"Labels_{concept}_{{}}.txt", lists, 1)
-        for concept in vocabulary.tags
-    ]
-    return Distribution(
-        vocabulary,
-        lists.paths,
-        lists.rows,
-        ground_truth=np.concatenate(labels, axis=1),
-        tags=_flags(files, "AllTags81.txt", "{}_Tags81.txt", lists, len(vocabulary)),
-    )
+
+    def labels_of(concept: str) -> Bool[np.ndarray, "image 1"]:
+        return _flags(files, f"Labels_{concept}.txt", f"Labels_{concept}_{{}}.txt", lists, 1)
+
+    with ThreadPoolExecutor() as threads:  # unzipping and numpy let them run side by side
+        tags = threads.submit(
+            _flags, files, "AllTags81.txt", "{}_Tags81.txt", lists, len(vocabulary)
+        )
+        ground_truth = np.concatenate([*threads.map(labels_of, vocabulary.tags)], axis=1)
+    return Distribution(vocabulary, lists.paths, lists.rows, ground_truth, tags.result())
 
 
 def item_id(path: str) -> str:
     """2124494179 of actor/0001_2124494179.jpg."""
-    return PurePosixPath(path).stem.rpartition("_")[2]
+    return path.rpartition("/")[2].rpartition("_")[2].partition(".")[0]
 
 
 class _Files:
@@ -107,7 +108,7 @@ class _Files:
             lines = self.content(name).decode("utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise InputError(f"{name}: is not text: {error}") from None
-        return [line.strip() for line in lines if line.strip()]
+        return [stripped for line in lines if (stripped := line.strip())]
 
     def _members(self, archive: Path) -> list[str]:
         try:
@@ -118,25 +119,28 @@ class _Files:
 
 
 def _paths(files: _Files, name: str) -> list[str]:
-    paths = [line.replace("\\", "/") for line in files.lines(name)]
-    for path in paths:
-        # These become names of files that are opened: nothing but what is distributed.
-        if PurePosixPath(path).is_absolute() or ".." in path.split("/"):
-            raise InputError(f"{name}: {path!r} leaves the folder of pictures")
-        if not item_id(path).isdecimal():
-            raise InputError(f"{name}: {path!r} does not end with the number of an item")
-    return paths
+    return [line.replace("\\", "/") for line in files.lines(name)]
+
+
+def _check_path(path: str) -> None:
+    """These become names of files that are opened: nothing but what is distributed."""
+    if path.startswith("/") or ".." in path.split("/"):
+        raise InputError(f"Imagelist.txt: {path!r} leaves the folder of pictures")
+    if not item_id(path).isdecimal():
+        raise InputError(f"Imagelist.txt: {path!r} does not end with the number of an item")
 
 
 class _ImageLists:
     """All images, and those of each official list.
 
     Raises:
-        InputError: an image is named twice, or in the list of a split alone.
+        InputError: an image is named twice, in the list of a split alone, or as none is.
     """
 
     def __init__(self, files: _Files) -> None:
         self.paths = _paths(files, "Imagelist.txt")
+        for path in self.paths:
+            _check_path(path)
         row_of = {path: row for row, path in enumerate(self.paths)}
         if len(row_of) < len(self.paths):
             raise InputError("Imagelist.txt: names an image twice")
@@ -183,22 +187,20 @@ def _read_flags(
     Raises:
         InputError: another value, or other numbers of lines and columns.
     """
-    content = files.content(name)
-    content = content.replace(_BAD_VALUE, b"0")
-    characters = np.frombuffer(content, dtype=np.uint8)
-    is_value = characters > ord(" ")
-    values = characters[is_value]
-    if np.any((values != ord("0")) & (values != ord("1"))):
-        word = next(word for word in content.split() if word not in (b"0", b"1"))
+    content = files.content(name).replace(_BAD_VALUE, b"0")
+    if content.translate(None, b"01 \t\r\n"):
+        word = re.findall(rb"[^ \t\r\n]*[^01 \t\r\n][^ \t\r\n]*", content)[0]
         raise InputError(f"{name}: holds {word.decode('latin-1')!r:.40}, not only 0 and 1")
-    # With blanks between all values and 1, 2, 3 ... times num_columns values before every line's
-    # end, no value can have slipped into another place.
-    values_before = np.cumsum(is_value, dtype=np.int64)
-    line_ends = values_before[characters == ord("\n")]
-    joined = np.any(is_value[1:] & is_value[:-1])
-    if joined or len(values) != num_lines * num_columns or np.any(line_ends % num_columns):
+    rows = content.translate(None, b" \t\r").strip(b"\n") + b"\n"
+    ends = slice(num_columns, None, num_columns + 1)
+    is_value = np.frombuffer(content, dtype=np.uint8) > ord(" ")
+    are_joined = np.any(is_value[1:] & is_value[:-1])
+    # With blanks between all values, and lines that end there and nowhere else, no value can have
+    # slipped into another place.
+    if are_joined or rows[ends] != b"\n" * num_lines or rows.count(b"\n") != num_lines:
         raise InputError(
             f"{name}: must have {num_lines} lines of {num_columns} values, but has"
-            f" {len(content.splitlines())} lines and {len(values)} values"
+            f" {len(content.splitlines())} lines and {is_value.sum()} values"
         )
-    return (values == ord("1")).reshape(num_lines, num_columns)
+    table = np.frombuffer(rows, dtype=np.uint8).reshape(num_lines, num_columns + 1)
+    return table[:, :-1] == ord("1")
