@@ -114,7 +114,7 @@ def _large_scale(like: TrainedRun) -> TrainedRun:
     torch.manual_seed(0)
     model = build_model(config.model, len(like.vocabulary)).eval()
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return TrainedRun(config, like.vocabulary, model, like.checkpoint)
+    return TrainedRun(config, like.vocabulary, model, like.checkpoint, like.decision)
 
 
 def _measured(
@@ -124,8 +124,8 @@ def _measured(
     network = Probabilities(run.model)
     graph = export_graph(network, run)
     path = folder / "model.onnx"
-    forms = {"torch.export": write_pt2(graph, folder / "model.pt2")}
-    write_onnx(graph, path)
+    forms = {"torch.export": write_pt2(graph, folder / "model.pt2", run.decision)}
+    write_onnx(graph, path, run.decision)
     forms["ONNX Runtime"] = open_onnx(path, num_threads=1)
     batches = batches_of(inputs)
     differences = {form: largest_difference(network, call, batches) for form, call in forms.items()}

@@ -10,6 +10,7 @@ from torch import nn
 
 from magneto_dist.config import Config
 from magneto_dist.config_io import load_config
+from magneto_dist.decision import Decision
 from magneto_dist.errors import InputError
 from magneto_dist.files import sha256_of
 from magneto_dist.model.magneto import build_model
@@ -35,6 +36,8 @@ class TrainedRun:
     """In evaluation mode, on the chosen device, in the run's memory format and dtype."""
     checkpoint: Path
     """Where the weights came from."""
+    decision: Decision
+    """From which probability a tag is predicted: as it was trained, or as was chosen since."""
 
     @property
     def checkpoint_sha256(self) -> str:
@@ -74,7 +77,7 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
             " with, and every tag would be taken for another: put the run's own back"
         )
     model = load_model(checkpoint, config, len(vocabulary), device)
-    return TrainedRun(config, vocabulary, model, checkpoint)
+    return TrainedRun(config, vocabulary, model, checkpoint, Decision(config.train.threshold))
 
 
 def load_model(

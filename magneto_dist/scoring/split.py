@@ -21,11 +21,11 @@ from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.randomness import seed_for
 from magneto_dist.data.shards import Dataset
+from magneto_dist.decision import Decision
 from magneto_dist.errors import InputError
 from magneto_dist.evaluation import collecting_rejects
 from magneto_dist.scoring import calibration
 from magneto_dist.scoring.baselines import Baseline, baselines, count_training_tags
-from magneto_dist.scoring.decision import Decision
 from magneto_dist.scoring.sums import Scores, ScoreSums
 from magneto_dist.scoring.thresholds import grid
 from magneto_dist.trained_run import TrainedRun
