@@ -35,6 +35,7 @@ from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.model.backbone import Backbone, recompute_activations
 from magneto_dist.model.folding import FoldedStages
 from magneto_dist.model.magneto import build_model
+from magneto_dist.precision import HALF_DTYPES
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.loop import Counts, Job, train_step
 from magneto_dist.training.optim import build_optimizer
@@ -42,7 +43,6 @@ from magneto_dist.training.session import OptimizerStep, Session
 from magneto_dist.training.weight_average import WeightAverage
 from magneto_dist.world import World
 
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 MICRO_BATCHES = (1, 2)
 """Of the two steps. The first leaves momentum behind, its successor's second micro-batch meets the
 gradients of the one before; those after it would meet nothing new."""
@@ -311,8 +311,8 @@ def _become_fakes(model: nn.Module, device: torch.device) -> None:
 def autocast(device_type: str, precision: str) -> Iterator[None]:
     """`torch.autocast`, which itself would be off on "cuda" where there is no GPU."""
     with torch.autocast(device_type, enabled=False):  # puts everything back
-        if precision in AUTOCAST:
-            torch.set_autocast_dtype(device_type, AUTOCAST[precision])
+        if precision in HALF_DTYPES:
+            torch.set_autocast_dtype(device_type, HALF_DTYPES[precision])
             torch.set_autocast_enabled(device_type, True)
         yield
 

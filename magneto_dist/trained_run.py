@@ -14,6 +14,7 @@ from magneto_dist.decision import Decision
 from magneto_dist.errors import InputError
 from magneto_dist.files import sha256_of
 from magneto_dist.model.magneto import build_model
+from magneto_dist.precision import HALF_DTYPES
 from magneto_dist.training.checkpoint import (
     MARKER,
     best_or_newest,
@@ -46,7 +47,7 @@ class TrainedRun:
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The precision that the run was trained in; fp16 on a GPU alone."""
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.config.train.precision)
+        dtype = HALF_DTYPES.get(self.config.train.precision)
         enabled = dtype is not None and (dtype == torch.bfloat16 or device.type == "cuda")
         return torch.autocast(device.type, dtype=dtype, enabled=enabled)
 

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "magneto_dist"
 
-LEAVES = {"batch", "config", "decision", "vocabulary", "world", "errors", "files"}
+LEAVES = {"batch", "config", "decision", "errors", "files", "precision", "vocabulary", "world"}
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, LEAVES),
     "config_io": LEAVES,
