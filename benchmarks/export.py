@@ -28,6 +28,7 @@ from magneto_dist.config_io import load_config
 from magneto_dist.data.items import Items, open_items
 from magneto_dist.data.sources import table
 from magneto_dist.data.sources.table import TableColumns
+from magneto_dist.errors import exit_with_clear_errors
 from magneto_dist.export import (
     Call,
     Inputs,
@@ -167,4 +168,4 @@ def _speed(calls: dict[str, Call], inputs: Inputs, size: int, rounds: int) -> li
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_clear_errors(main)
