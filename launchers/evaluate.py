@@ -33,7 +33,7 @@ from magneto_dist.scoring.split import (
     without_baselines,
 )
 from magneto_dist.trained_run import TrainedRun, load_run
-from magneto_dist.training.process import die_with_launcher
+from magneto_dist.training.process import die_with_launcher, launched_world
 from magneto_dist.training.session import Session
 
 
@@ -133,7 +133,8 @@ def _settings(config: Config, given: Namespace) -> Config:
 def _options(given: Namespace, run: TrainedRun) -> ScoringOptions:
     chooses = given.threshold == "best"
     threshold = None if chooses else given.threshold
-    decision = decision_of(threshold, run.decision, run.checkpoint_sha256)
+    is_main = launched_world().is_main  # the session comes later: it may wait for others
+    decision = decision_of(threshold, run.decision, run.checkpoint_sha256, warns=is_main)
     if given.calibrate and decision.temperature is not None:
         raise InputError(
             f"--calibrate true fits a temperature, and {given.threshold} holds one: leave one out"

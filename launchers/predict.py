@@ -46,7 +46,8 @@ def main() -> None:
         raise InputError(f"--html {options.html}: there is no such folder; make it first")
     device = f"cuda:{world.rank_of_node}" if torch.cuda.is_available() else "cpu"
     run = load_run(Path(options.run), device)
-    decision = decision_of(options.threshold, run.decision, run.checkpoint_sha256)
+    sha256 = run.checkpoint_sha256
+    decision = decision_of(options.threshold, run.decision, sha256, warns=world.is_main)
     threshold, temperature = decision.calibrated_threshold, decision.temperature
     num_workers = options.num_workers
     if num_workers is None:
@@ -54,7 +55,7 @@ def main() -> None:
     try:
         with file.opened() as scratch:
             items = _items(options, run, scratch)
-            hashes = run.checkpoint_sha256, items.sha256
+            hashes = sha256, items.sha256
             cut = len(items), threshold, temperature, options.block_items
             done_before = file.begin(Plan(*hashes, *cut))
             if options.html and world.is_main:

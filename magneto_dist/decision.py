@@ -82,7 +82,7 @@ def decision_of(
         threshold: as given; None: the default.
         default: the run's.
         checkpoint_sha256: of the run.
-        warns: whether this process says so, of all that read it.
+        warns: whether this process is the one, of all that read it, to say so.
 
     Raises:
         InputError: no probability, or no such file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def checkpoint_to_resume(config: Config, dataset: Dataset) -> Path | None:
 
 def _check_same_run(config: Config, dataset: Dataset, checkpoint: Path) -> None:
     """A run that goes on must mean what it meant: same order, same model, same data."""
-    before, now = _meaning(load_config(checkpoint / "config.yaml")), _meaning(config)
+    recorded = load_config(checkpoint / "config.yaml")
+    before, now = _meaning(recorded), _meaning(config)
     changed = [key for key in now if now[key] != before.get(key)]
     if changed:
         key = changed[0]
@@ -92,6 +94,23 @@ def _check_same_run(config: Config, dataset: Dataset, checkpoint: Path) -> None:
         raise InputError(
             f"{checkpoint} was trained on other data than {dataset.root}: use that, or choose"
             " another --output_dir (--init_from keeps the weights)"
+        )
+    _warn_of_mended_loss(recorded, checkpoint)
+
+
+def _warn_of_mended_loss(recorded: Config, checkpoint: Path) -> None:
+    """Where padding is trimmed BCE was once averaged over the slots that were left.
+
+    Checkpoints of that time are told by a setting that they lack: it came right after the mend.
+    """
+    trims = recorded.tags.trim_padding and not recorded.train.compile
+    is_older = "\n  mapping:" not in (checkpoint / "config.yaml").read_text(encoding="utf-8")
+    if trims and recorded.loss.normalisation == "slots" and is_older:
+        print(
+            f"warning: {checkpoint.name} was trained when --tags.trim_padding true still averaged"
+            " BCE over the slots that were left; from here on it is averaged over all of"
+            " --tags.max_tags, which is less: a new --output_dir trains on one scale throughout",
+            file=sys.stderr,
         )
 
 

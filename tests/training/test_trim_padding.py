@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_hostile_checkpoints import hash_anew
 
+from magneto_dist.config_io import load_config
+from magneto_dist.data.shards import Dataset
+from magneto_dist.training.resume import checkpoint_to_resume
 from processes import TINY, losses, run
 from strategies import train
 
@@ -36,6 +41,32 @@ def test_a_resumed_run_is_the_uninterrupted_one(demo_shards: Path, tmp_path: Pat
     run("train_ls.py", *options(demo_shards, tmp_path / "halves", packed, "--max_steps=3"))
     run("train_ls.py", *options(demo_shards, tmp_path / "halves", packed))
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+
+
+def test_a_run_from_before_the_loss_was_mended_is_told_so(
+    demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = options(demo_shards, tmp_path / "run", "--tags.trim_padding=true", "--max_steps=1")
+    run("train_ls.py", *packed)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    config, dataset = load_config(checkpoint / "config.yaml"), Dataset.open(str(demo_shards))
+    assert checkpoint_to_resume(config, dataset) == checkpoint
+    assert capsys.readouterr().err == ""
+    recorded = (checkpoint / "config.yaml").read_text()
+    older = recorded.replace("  mapping: attention\n", "")
+    assert older != recorded
+    (checkpoint / "config.yaml").write_text(older)
+    hash_anew(checkpoint, "config.yaml")
+    assert checkpoint_to_resume(config, dataset) == checkpoint
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "step-00000001 was trained when --tags.trim_padding true" in line
+    (checkpoint / "config.yaml").write_text(
+        older.replace("trim_padding: true", "trim_padding: false")
+    )
+    hash_anew(checkpoint, "config.yaml")
+    plain = replace(config, tags=replace(config.tags, trim_padding=False))
+    assert checkpoint_to_resume(plain, dataset) == checkpoint
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow
