@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from magneto_dist.data.dataset_file import Shard
 from magneto_dist.data.image_bytes import ImageHeader, check_image_size, image_header
 from magneto_dist.data.parallel import progress_bar
 from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shard_index import ShardIndex
-from magneto_dist.data.shards import Dataset, Shard
+from magneto_dist.data.shards import Dataset
 
 _TOP_TAGS = 20
 _MAX_PICTURES = 10_000
