@@ -28,6 +28,7 @@ from magneto_dist.config_io import load_config
 from magneto_dist.data.items import Items, open_items
 from magneto_dist.data.sources import table
 from magneto_dist.data.sources.table import TableColumns
+from magneto_dist.errors import exit_with_clear_errors
 from magneto_dist.export import (
     Call,
     Inputs,
@@ -114,7 +115,7 @@ def _large_scale(like: TrainedRun) -> TrainedRun:
     torch.manual_seed(0)
     model = build_model(config.model, len(like.vocabulary)).eval()
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return TrainedRun(config, like.vocabulary, model, like.checkpoint)
+    return TrainedRun(config, like.vocabulary, model, like.checkpoint, like.decision)
 
 
 def _measured(
@@ -124,8 +125,8 @@ def _measured(
     network = Probabilities(run.model)
     graph = export_graph(network, run)
     path = folder / "model.onnx"
-    forms = {"torch.export": write_pt2(graph, folder / "model.pt2")}
-    write_onnx(graph, path)
+    forms = {"torch.export": write_pt2(graph, folder / "model.pt2", run.decision)}
+    write_onnx(graph, path, run.decision)
     forms["ONNX Runtime"] = open_onnx(path, num_threads=1)
     batches = batches_of(inputs)
     differences = {form: largest_difference(network, call, batches) for form, call in forms.items()}
@@ -167,4 +168,4 @@ def _speed(calls: dict[str, Call], inputs: Inputs, size: int, rounds: int) -> li
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_clear_errors(main)

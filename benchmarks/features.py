@@ -34,6 +34,7 @@ from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources import demo
+from magneto_dist.errors import exit_with_clear_errors
 from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.model.encoder import pack_tags
 from magneto_dist.model.magneto import build_model
@@ -195,4 +196,4 @@ def _print(built: Built, timings: Sequence[Timing], f1: dict[int, list[float]]) 
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_clear_errors(main)

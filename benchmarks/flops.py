@@ -14,9 +14,9 @@ from magneto_dist.batch import Batch
 from magneto_dist.config import Config, TrainConfig
 from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.model.magneto import build_model
+from magneto_dist.precision import HALF_DTYPES
 
 _ROWS = 4
-_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 PEAKS: dict[str, dict[str, float]] = {
     # TFLOP/s, dense, float32 accumulation. NVIDIA Turing architecture whitepaper, appendix A.
     "RTX 2080 Ti": {"float32": 13.4, "fp16": 53.8},
@@ -48,7 +48,7 @@ def published_peak(device_name: str, kind: str) -> float | None:
 def matrix_product_rate(device: torch.device, kind: str) -> float:
     """FLOP/s of large square matrix products here, with the threads of this process."""
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=_HALF.get(kind, torch.float32))
+    a = torch.randn(size, size, device=device, dtype=HALF_DTYPES.get(kind, torch.float32))
     seconds = []
     for _ in range(6):
         started_at_s = time.perf_counter()

@@ -26,6 +26,7 @@ from harness import Timing, compare, parser, save
 from magneto_dist.config import Precision
 from magneto_dist.config_io import load_config
 from magneto_dist.data.sources import demo
+from magneto_dist.errors import exit_with_clear_errors
 from magneto_dist.model.backbone import build_backbone
 
 PRECISIONS: tuple[Precision, ...] = ("no", "bf16")
@@ -107,4 +108,4 @@ def _print_f1(f1: dict[str, list[float]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_clear_errors(main)

@@ -30,7 +30,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpu_parts import Outcome, Part, plan, run_part
+from gpu_parts import Part, plan
+from gpu_runs import Outcome, run_part
 from harness import RESULTS, save
 
 LOG_TAIL = 2000  # characters

@@ -4,7 +4,7 @@ python benchmarks/memory.py [--config configs/ls.yaml] [--out memory]
 python benchmarks/memory.py --measured [--limit] [--out memory_gpu]      # on a GPU
 
 Predicts the peak of a step for every micro-batch size, with and without activation checkpointing
-and mixed precision, on fake tensors (`step_memory.py`; no GPU is needed), and the largest
+and mixed precision, on fake tensors (`predicted_memory.py`; no GPU is needed), and the largest
 micro-batch that fits. With --measured the same steps run on this machine's GPU as well, each in a
 process of its own, and the allocator's figures stand beside the predicted ones. With --limit the
 allocator gets no more than --budget_gb leaves it, as if the GPU were that small.
@@ -28,7 +28,8 @@ from tqdm import tqdm
 from harness import RESULTS, parser, save
 from magneto_dist.config import Config
 from magneto_dist.config_io import load_config
-from step_memory import Measured, StepMemory, measure, predict
+from predicted_memory import StepMemory, predict
+from step_memory import Measured, measure
 
 ASSUMED = {
     "CUDA context": (

@@ -27,9 +27,10 @@ import numpy as np
 from tqdm import tqdm
 
 from harness import parser, save
+from magneto_dist.data.dataset_file import DATASET_FILE, VOCABULARY_FILE, Shard, dataset_bytes
 from magneto_dist.data.order import BatchPlan, Order, micro_batch_sample_ids
 from magneto_dist.data.shard_index import Member, index_bytes, index_name
-from magneto_dist.data.shards import DATASET_FILE, VOCABULARY_FILE, Dataset, Shard, dataset_bytes
+from magneto_dist.data.shards import Dataset
 from magneto_dist.data.stream import SampleReader
 from magneto_dist.vocabulary import Vocabulary
 

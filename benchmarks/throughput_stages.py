@@ -31,6 +31,7 @@ from magneto_dist.data.workers import cores_per_rank
 from magneto_dist.errors import InputError
 from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.model.norm import reset_batch_norm_statistics
+from magneto_dist.precision import HALF_DTYPES
 from magneto_dist.training.loop import Job, settle_batch_norms
 from training_rounds import ENDLESS, Rounds, Taken, repeated
 
@@ -229,8 +230,7 @@ def gradient_buckets(
     model: nn.Module, comm_hook: str, device: torch.device
 ) -> list[Float[Tensor, " element"]]:
     """Zeros of as many bytes as the gradients of `model` send, in pieces as large as DDP's."""
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    dtype = dtypes.get(comm_hook, torch.float32)
+    dtype = HALF_DTYPES.get(comm_hook, torch.float32)
     trained = (weight for weight in model.parameters() if weight.requires_grad)
     count, piece = sum(weight.numel() for weight in trained), _BUCKET_BYTES // dtype.itemsize
     sizes = [min(piece, count - start) for start in range(0, count, piece)]

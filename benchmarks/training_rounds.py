@@ -30,6 +30,7 @@ from magneto_dist.data.shards import Dataset
 from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.model.norm import commit_batch_norm_statistics
 from magneto_dist.parts import initial_model, prepare
+from magneto_dist.precision import HALF_DTYPES
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.checkpoint_writer import CheckpointWriter
 from magneto_dist.training.heartbeat import Whereabouts
@@ -246,5 +247,5 @@ def _nobody_stops() -> StopRequest:
 
 
 def _autocast(config: Config) -> dict[str, Any]:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
+    dtype = HALF_DTYPES.get(config.train.precision)
     return {"enabled": dtype is not None, "dtype": dtype}

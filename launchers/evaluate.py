@@ -22,8 +22,8 @@ from magneto_dist.config import Config, Decoder
 from magneto_dist.config_io import clear_parser_errors
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources.demo import ensure_demo
+from magneto_dist.decision import decision_of
 from magneto_dist.errors import InputError, exit_with_clear_errors
-from magneto_dist.scoring.decision import decision_of
 from magneto_dist.scoring.report import require_folders, terminal_table, write_report
 from magneto_dist.scoring.results import results, write_results
 from magneto_dist.scoring.split import (
@@ -33,7 +33,7 @@ from magneto_dist.scoring.split import (
     without_baselines,
 )
 from magneto_dist.trained_run import TrainedRun, load_run
-from magneto_dist.training.process import die_with_launcher
+from magneto_dist.training.process import die_with_launcher, launched_world
 from magneto_dist.training.session import Session
 
 
@@ -131,9 +131,10 @@ def _settings(config: Config, given: Namespace) -> Config:
 
 
 def _options(given: Namespace, run: TrainedRun) -> ScoringOptions:
-    chooses, default = given.threshold == "best", run.config.train.threshold
+    chooses = given.threshold == "best"
     threshold = None if chooses else given.threshold
-    decision = decision_of(threshold, default, run.checkpoint_sha256)
+    is_main = launched_world().is_main  # the session comes later: it may wait for others
+    decision = decision_of(threshold, run.decision, run.checkpoint_sha256, warns=is_main)
     if given.calibrate and decision.temperature is not None:
         raise InputError(
             f"--calibrate true fits a temperature, and {given.threshold} holds one: leave one out"

@@ -1,6 +1,7 @@
 """Writes a trained run as a folder for others: weights, vocabulary, model card and, if asked, more.
 
 python launchers/export.py --run RUN_DIR --out DIR [--onnx] [--pt2] [--check TABLE_OR_SHARDS]
+python launchers/export.py ... --threshold scores.json   # as evaluate.py has chosen it
 
 --onnx and --pt2 write the whole model for ONNX Runtime and as torch.export has it. Each is compared
 with the model on real items, and refused where probabilities differ by more than 1e-4.
@@ -9,6 +10,7 @@ with the model on real items, and refused where probabilities differ by more tha
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -18,6 +20,7 @@ from magneto_dist.data.items import Items, ShardItems, open_items
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources.demo import ensure_demo
 from magneto_dist.data.sources.table import TableColumns
+from magneto_dist.decision import decision_of
 from magneto_dist.errors import exit_with_clear_errors
 from magneto_dist.export import CHECKED_ITEMS, Runtime, export_run
 from magneto_dist.trained_run import TrainedRun, load_run
@@ -36,9 +39,18 @@ def main() -> None:
         help=f"data set (its validation split), table or folder of pictures, as for predict.py,"
         f" whose first {CHECKED_ITEMS} items these are compared on; default: the run's data set",
     )
+    add(
+        "--threshold",
+        type=float | str,
+        help="probability in [0, 1] of a predicted tag, or the JSON in which evaluate.py has"
+        " written one, and the temperature of the probabilities; goes with the model; default: the"
+        " run's",
+    )
     with clear_parser_errors("export.py"):
         options = parser.parse_args()
     run = load_run(Path(options.run))
+    decision = decision_of(options.threshold, run.decision, run.checkpoint_sha256)
+    run = replace(run, decision=decision)
     runtimes: list[Runtime] = []
     if options.pt2:
         runtimes.append("pt2")

@@ -25,11 +25,11 @@ from magneto_dist.config_io import clear_parser_errors
 from magneto_dist.data.items import StoredItems, open_items
 from magneto_dist.data.sources.table import TableColumns
 from magneto_dist.data.workers import default_num_workers
+from magneto_dist.decision import decision_of
 from magneto_dist.errors import InputError, exit_with_clear_errors
 from magneto_dist.gallery import MAX_ITEMS
 from magneto_dist.prediction_file import Plan, PredictionFile
 from magneto_dist.prediction_run import predict_to_file, predict_to_page
-from magneto_dist.scoring.decision import decision_of
 from magneto_dist.trained_run import TrainedRun, load_run
 from magneto_dist.training.process import die_with_launcher, launched_world
 
@@ -46,7 +46,8 @@ def main() -> None:
         raise InputError(f"--html {options.html}: there is no such folder; make it first")
     device = f"cuda:{world.rank_of_node}" if torch.cuda.is_available() else "cpu"
     run = load_run(Path(options.run), device)
-    decision = decision_of(options.threshold, run.config.train.threshold, run.checkpoint_sha256)
+    sha256 = run.checkpoint_sha256
+    decision = decision_of(options.threshold, run.decision, sha256, warns=world.is_main)
     threshold, temperature = decision.calibrated_threshold, decision.temperature
     num_workers = options.num_workers
     if num_workers is None:
@@ -54,7 +55,7 @@ def main() -> None:
     try:
         with file.opened() as scratch:
             items = _items(options, run, scratch)
-            hashes = run.checkpoint_sha256, items.sha256
+            hashes = sha256, items.sha256
             cut = len(items), threshold, temperature, options.block_items
             done_before = file.begin(Plan(*hashes, *cut))
             if options.html and world.is_main:

@@ -21,9 +21,10 @@ from jsonargparse import ArgumentParser
 
 from magneto_dist.config_io import clear_parser_errors
 from magneto_dist.data.image_bytes import DEFAULT_MAX_MEGAPIXELS
-from magneto_dist.data.indexing import index_tars, split_dataset
+from magneto_dist.data.indexing import index_tars
 from magneto_dist.data.inspect import count, format_stats, stats
 from magneto_dist.data.shards import Dataset
+from magneto_dist.data.splitting import split_dataset
 from magneto_dist.data.verify import verify
 from magneto_dist.data.writer import WriteReport
 from magneto_dist.errors import InputError, exit_with_clear_errors

@@ -1,17 +1,16 @@
 """Every setting: one dataclass per concern, every field with meaning, unit and scope.
 
 The same names are YAML keys and command-line options (`--section.field value`). A value is checked
-when its dataclass is made; what is wrong is an InputError that names the key. "Global" means over
-all ranks, "per rank" means in each process.
+when its dataclass is made (`config_checks.py`); what is wrong is an InputError that names the key.
+"Global" means over all ranks, "per rank" means in each process.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from magneto_dist.errors import InputError
+from magneto_dist import config_checks
 
 ModelKind = Literal["magneto", "tf-it", "tf-t", "ff"]
 Decoder = Literal["auto", "cpu", "dali_cpu", "dali_gpu"]
@@ -19,8 +18,6 @@ Precision = Literal["no", "fp16", "bf16"]
 FrozenPrecision = Literal["no", "fp16", "bf16", "auto"]
 FeatureDtype = Literal["fp16", "bf16"]
 CommHook = Literal["none", "fp16", "bf16", "power_sgd"]
-
-_STAGE = re.compile(r"\w+(\.\w+)*:\w+")
 
 
 @dataclass(frozen=True)
@@ -43,17 +40,7 @@ class AugmentConfig:
     """Evaluation: side of the centre crop as a fraction of the shorter side."""
 
     def __post_init__(self) -> None:
-        _require(self.image_size >= 1, "augment.image_size", self.image_size, "at least 1")
-        _require(
-            0 < self.crop_scale_min <= self.crop_scale_max <= 1,
-            "augment.crop_scale_min",
-            self.crop_scale_min,
-            "0 < crop_scale_min <= crop_scale_max <= 1",
-        )
-        _require(self.crop_aspect_max >= 1, "augment.crop_aspect_max", self.crop_aspect_max, ">= 1")
-        _fraction("augment.flip_probability", self.flip_probability)
-        _fraction("augment.eval_crop_fraction", self.eval_crop_fraction)
-        _require(self.eval_crop_fraction > 0, "augment.eval_crop_fraction", 0, "above 0")
+        config_checks.check_augment(self)
 
 
 @dataclass(frozen=True)
@@ -75,11 +62,7 @@ class TagsConfig:
     shape."""
 
     def __post_init__(self) -> None:
-        _require(self.max_tags >= 1, "tags.max_tags", self.max_tags, "at least 1")
-        for name in ("beta_add", "beta_drop", "irrelevant_ratio"):
-            value = getattr(self, name)
-            _require(0 <= value <= 100, f"tags.{name}", value, "between 0 and 100")
-        _fraction("tags.beta_drop", self.beta_drop)
+        config_checks.check_tags(self)
 
 
 @dataclass(frozen=True)
@@ -141,48 +124,7 @@ class DataConfig:
     installed or lies in the working folder. They act on training, validation and evaluate.py."""
 
     def __post_init__(self) -> None:
-        for name in self.stages:
-            _require(_STAGE.fullmatch(name) is not None, "data.stages", name, "module:function")
-        _require(
-            self.num_workers is None or self.num_workers >= 0,
-            "data.num_workers",
-            self.num_workers,
-            "None or at least 0",
-        )
-        for name in ("prefetch_batches", "dali_queue_depth"):
-            _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
-        _require(self.loader_timeout_s >= 0, "data.loader_timeout_s", self.loader_timeout_s, ">= 0")
-        _require(
-            self.num_streams >= 1 and self.num_streams & (self.num_streams - 1) == 0,
-            "data.num_streams",
-            self.num_streams,
-            "a power of two",
-        )
-        _require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, ">= 1")
-        for name in ("feature_views", "feature_seed"):
-            _require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "at least 0")
-        _require(
-            not (self.feature_views and self.stages),
-            "data.feature_views",
-            self.feature_views,
-            "0 with --data.stages, which may change pictures",
-        )
-        _require(
-            not (self.feature_views and self.constant_image),
-            "data.feature_views",
-            self.feature_views,
-            "0 with --data.constant_image true, which reads no pictures",
-        )
-        _fraction("data.max_bad_fraction", self.max_bad_fraction)
-        _require(
-            self.max_image_megapixels > 0,
-            "data.max_image_megapixels",
-            self.max_image_megapixels,
-            "above 0",
-        )
-        for name in ("cache_gb", "feature_cache_gb"):
-            _require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "above 0")
-        _require(self.read_ahead_steps >= 0, "data.read_ahead_steps", self.read_ahead_steps, ">= 0")
+        config_checks.check_data(self)
 
 
 @dataclass(frozen=True)
@@ -239,48 +181,7 @@ class ModelConfig:
     """word2vec or GloVe text file to start the tag embedding from."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "d_model",
-            "num_heads",
-            "d_ff",
-            "image_layers",
-            "tag_layers",
-            "batch_norm_group_size",
-        ):
-            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
-        _require(
-            self.d_model % self.num_heads == 0,
-            "model.num_heads",
-            self.num_heads,
-            f"a divisor of model.d_model ({self.d_model})",
-        )
-        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 <= dropout < 1")
-        _require(
-            self.backbone_stages is None or self.backbone_stages >= 1,
-            "model.backbone_stages",
-            self.backbone_stages,
-            "None or at least 1",
-        )
-        _require(
-            self.frozen_stages == "all" or self.frozen_stages >= 0,
-            "model.frozen_stages",
-            self.frozen_stages,
-            '"all" or at least 0',
-        )
-        rounds = self.frozen_precision in ("fp16", "bf16")
-        _require(
-            not (rounds and self.frozen_stages == 0),
-            "model.frozen_precision",
-            self.frozen_precision,
-            "no or auto with --model.frozen_stages 0: nothing is frozen (--train.precision is for"
-            " what is trained)",
-        )
-        _require(
-            not (rounds and self.frozen_batch_norm == "drifting"),
-            "model.frozen_precision",
-            self.frozen_precision,
-            "no or auto with --model.frozen_batch_norm drifting, whose statistics move in float32",
-        )
+        config_checks.check_model(self)
 
     @property
     def sees_pictures(self) -> bool:
@@ -308,7 +209,7 @@ class LossConfig:
     """Added to numerator and denominator of the Dice ratio."""
 
     def __post_init__(self) -> None:
-        _require(self.dice_smoothing > 0, "loss.dice_smoothing", self.dice_smoothing, "above 0")
+        config_checks.check_loss(self)
 
 
 @dataclass(frozen=True)
@@ -333,16 +234,7 @@ class OptimConfig:
     """Largest gradient norm, global; 0: no clipping."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr", self.lr, "above 0")
-        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 <= momentum < 1")
-        for name in ("weight_decay", "warmup_steps", "clip_norm", "plateau_patience"):
-            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "at least 0")
-        _require(
-            0 < self.plateau_factor < 1,
-            "optim.plateau_factor",
-            self.plateau_factor,
-            "0 < plateau_factor < 1",
-        )
+        config_checks.check_optim(self)
 
 
 @dataclass(frozen=True)
@@ -395,35 +287,7 @@ class TrainConfig:
     0: no limit but that half hour."""
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "max_micro_batch_size", "epochs", "eval_every_epochs"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        _require(
-            self.param_dtype == "float32" or self.precision == "no",
-            "train.param_dtype",
-            self.param_dtype,
-            "float32 with mixed precision",
-        )
-        _require(self.power_sgd_rank >= 1, "train.power_sgd_rank", self.power_sgd_rank, ">= 1")
-        _require(
-            self.power_sgd_start_step >= 2,
-            "train.power_sgd_start_step",
-            self.power_sgd_start_step,
-            "at least 2",
-        )
-        _require(
-            not (self.activation_checkpointing and self.compile),
-            "train.activation_checkpointing",
-            self.activation_checkpointing,
-            "false with --train.compile true: the compiler fails on stages that run twice",
-        )
-        _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 <= ema_decay < 1")
-        _fraction("train.threshold", self.threshold)
-        _require(
-            self.collective_timeout_s >= 0,
-            "train.collective_timeout_s",
-            self.collective_timeout_s,
-            "at least 0",
-        )
+        config_checks.check_train(self)
 
 
 @dataclass(frozen=True)
@@ -439,8 +303,7 @@ class CheckpointConfig:
     of weights and momentum. False: training stands still until a checkpoint is on disk."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "at least 1")
-        _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+        config_checks.check_checkpoint(self)
 
 
 @dataclass(frozen=True)
@@ -455,8 +318,7 @@ class LogConfig:
     """Validation pictures shown in TensorBoard; 0: none."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1")
-        _require(self.pictures >= 0, "log.pictures", self.pictures, "at least 0")
+        config_checks.check_log(self)
 
 
 @dataclass(frozen=True)
@@ -484,51 +346,4 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "seed", self.seed, "at least 0")
-        _require(
-            self.max_steps is None or self.max_steps >= 1,
-            "max_steps",
-            self.max_steps,
-            "None or at least 1",
-        )
-        _require(
-            not self.train.activation_checkpointing
-            or self.model.backbone_batch_norm in ("ghost", "frozen"),
-            "train.activation_checkpointing",
-            self.train.activation_checkpointing,
-            f"false with --model.backbone_batch_norm {self.model.backbone_batch_norm}, whose"
-            " statistics would move twice a step; take ghost or frozen",
-        )
-        _require(
-            self.train.param_dtype == "float32"
-            or self.model.frozen_precision not in ("fp16", "bf16"),
-            "model.frozen_precision",
-            self.model.frozen_precision,
-            f"no or auto with --train.param_dtype {self.train.param_dtype}, which is for exactness",
-        )
-        if self.data.feature_views:
-            reason = _no_features(self.model)
-            _require(reason is None, "data.feature_views", self.data.feature_views, f"0 {reason}")
-
-
-def _no_features(model: ModelConfig) -> str | None:
-    """Why the features of pictures cannot be computed once."""
-    if not model.sees_pictures:
-        return f"with --model.kind {model.kind}, which looks at no pictures"
-    if not model.backbone_is_frozen:
-        return (
-            f"with --model.frozen_stages {model.frozen_stages}, for features move while the"
-            " backbone is trained; set that to all, or train on the pictures"
-        )
-    if model.frozen_batch_norm == "drifting":
-        return "with --model.frozen_batch_norm drifting, whose statistics move; take fixed"
-    return None
-
-
-def _require(holds: bool, key: str, given: object, allowed: str) -> None:
-    if not holds:
-        raise InputError(f"--{key} {given}: must be {allowed}")
-
-
-def _fraction(key: str, value: float) -> None:
-    _require(0 <= value <= 1, key, value, "between 0 and 1")
+        config_checks.check_config(self)

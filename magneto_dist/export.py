@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import shutil
 import warnings
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from magneto_dist.data.items import Items
+from magneto_dist.decision import Decision
 from magneto_dist.errors import InputError
 from magneto_dist.files import sync_file, sync_folder
 from magneto_dist.hub import Magneto
@@ -36,6 +38,8 @@ Inputs = dict[str, Tensor]
 TOLERANCE = 1e-4
 """Largest difference of a probability between the network and its exported form."""
 CHECKED_ITEMS = 64
+METADATA = "decision"
+"""Where a file for another runtime says which threshold and temperature its output is for."""
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _BATCH_SIZES = (1, 2, 5, 8)  # the rest by eights
 
@@ -138,15 +142,15 @@ def _axes(inputs: Iterable[str]) -> dict[str, dict[int, torch.export.Dim]]:
     return {name: {0: batch} if name == "pixels" else {0: batch, 1: slot} for name in inputs}
 
 
-def write_pt2(graph: torch.export.ExportedProgram, path: Path) -> Call:
-    """Writes `path`, and reads it back."""
-    torch.export.save(graph, path)
+def write_pt2(graph: torch.export.ExportedProgram, path: Path, decision: Decision) -> Call:
+    """Writes `path`, with the decision as JSON in its extra file METADATA, and reads it back."""
+    torch.export.save(graph, path, extra_files={METADATA: json.dumps(decision.as_json())})
     module = torch.export.load(path).module()
     return lambda inputs: module(**inputs)
 
 
-def write_onnx(graph: torch.export.ExportedProgram, path: Path) -> Call:
-    """Writes `path`, and opens it in ONNX Runtime."""
+def write_onnx(graph: torch.export.ExportedProgram, path: Path, decision: Decision) -> Call:
+    """Writes `path`, with the decision as JSON in its METADATA, and opens it in ONNX Runtime."""
     outputs, example = graph.call_spec.out_spec, graph.example_inputs
     assert outputs is not None
     assert example is not None
@@ -162,6 +166,7 @@ def write_onnx(graph: torch.export.ExportedProgram, path: Path) -> Call:
             dynamic_shapes=_axes(example[1]),  # for their names alone
         )
     assert program is not None
+    program.model.metadata_props[METADATA] = json.dumps(decision.as_json())
     program.save(path, external_data=False)  # above 2 GB it takes a second file all the same
     return open_onnx(path)
 
@@ -245,7 +250,7 @@ def _write_runtimes(
     graph = export_graph(network, run)
     parity: dict[Runtime, Parity] = {}
     for runtime in runtimes:
-        call = _WRITERS[runtime](graph, folder / f"model.{runtime}")
+        call = _WRITERS[runtime](graph, folder / f"model.{runtime}", run.decision)
         difference = largest_difference(network, call, batches)
         if not difference <= TOLERANCE:  # NaN is no better
             raise InputError(
@@ -256,7 +261,7 @@ def _write_runtimes(
     return parity
 
 
-_WRITERS: dict[Runtime, Callable[[torch.export.ExportedProgram, Path], Call]] = {
+_WRITERS: dict[Runtime, Callable[[torch.export.ExportedProgram, Path, Decision], Call]] = {
     "pt2": write_pt2,
     "onnx": write_onnx,
 }
@@ -283,5 +288,8 @@ def _told(parity: Mapping[Runtime, Parity]) -> str:
 
 _RUNTIMES = """The files for other runtimes take the same by these names, any number of items and
 slots, and give `probability`, and where the model has them `image`, `tag` (both streams) and
-`alpha` (weight of the picture), all float32 `[batch, slot]`, computed in float32. A `.pt2` file is
-torch's (`torch.export.load(...).module()`); load those of people you trust."""
+`alpha` (weight of the picture), all float32 `[batch, slot]`, computed in float32. Each holds JSON
+called `decision` (in ONNX metadata; in a `.pt2` file an extra file) with the `threshold` from which
+on a tag of that `probability` is predicted. Where it has a `temperature` T, `Predictor` says
+sigmoid(logit(`probability`) / T), and `calibrated_threshold` is the threshold for that. A `.pt2`
+file is torch's (`torch.export.load(...).module()`); load those of people you trust."""

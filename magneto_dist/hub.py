@@ -33,6 +33,7 @@ from magneto_dist.config import (
     TagsConfig,
     TrainConfig,
 )
+from magneto_dist.decision import Decision
 from magneto_dist.errors import InputError
 from magneto_dist.model_card import model_card
 from magneto_dist.trained_run import TrainedRun, load_model, load_run
@@ -136,6 +137,7 @@ def load_exported(folder: Path, device: torch.device | str = "cpu") -> TrainedRu
         if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
             raise InputError(f"{folder}/config.json: is not of the format {FORMAT!r} {VERSION}")
         config = Config(**{name: kind(**content[name]) for name, (kind, _) in _SECTIONS.items()})
+        decision = _decision(content, config)
         vocabulary = Vocabulary.from_bytes((folder / "vocabulary.txt").read_bytes())
     except OSError as error:
         raise InputError(f"{folder}: no run and no exported model there ({error})") from None
@@ -147,7 +149,7 @@ def load_exported(folder: Path, device: torch.device | str = "cpu") -> TrainedRu
             f" {content.get('num_tags')}; export it again"
         )
     model = load_model(folder, config, len(vocabulary), device)
-    return TrainedRun(config, vocabulary, model, folder)
+    return TrainedRun(config, vocabulary, model, folder, decision)
 
 
 def _settings(run: TrainedRun) -> dict[str, Any]:
@@ -158,7 +160,22 @@ def _settings(run: TrainedRun) -> dict[str, Any]:
         name: {key: everything[name][key] for key in keys or everything[name]}
         for name, (_, keys) in _SECTIONS.items()
     }
-    return {"format": FORMAT, "version": VERSION, "num_tags": len(run.vocabulary), **settings}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_tags": len(run.vocabulary),
+        **settings,
+        "decision": run.decision.as_json(),
+    }
+
+
+def _decision(content: dict[str, Any], config: Config) -> Decision:
+    if "decision" not in content:  # written by a version that left it out
+        return Decision(config.train.threshold)
+    try:
+        return Decision.from_json(content["decision"])
+    except InputError as error:
+        raise ValueError(error) from None  # damaged as others are
 
 
 def _downloaded(hub_id: str, options: dict[str, Any]) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from magneto_dist.config import Config
+from magneto_dist.decision import Decision
 from magneto_dist.report import final_table
 from magneto_dist.trained_run import TrainedRun
 from magneto_dist.training.checkpoint import has_progress, read_progress
@@ -36,7 +37,7 @@ def model_card(run: TrainedRun, *, parity: str = "") -> str:
         data=_name_of_data(config) if has_progress(run.checkpoint) else "not known",
         num_tags=len(run.vocabulary),
         num_parameters=sum(p.numel() for p in run.model.parameters()),
-        threshold=config.train.threshold,
+        decision=_decision(run.decision),
         max_tags=config.tags.max_tags,
         pictures=pictures,
         scores=_scores(run),
@@ -51,8 +52,18 @@ def _scores(run: TrainedRun) -> str:
     if not progress.evaluated:
         return f"These weights, of step {progress.step}, were not evaluated."
     return (
-        f"After step {progress.step}, on the validation split of the data it was trained on:\n\n"
+        f"After step {progress.step}, on the validation split of the data it was trained on, at the"
+        f" threshold {run.config.train.threshold:g} of its training:\n\n"
         f"```\n{final_table(progress.validation)}\n```"
+    )
+
+
+def _decision(decision: Decision) -> str:
+    if decision.temperature is None:
+        return f"{decision.threshold:g} on"
+    return (
+        f"{decision.threshold:g} on, which `Predictor` says as {decision.calibrated_threshold:.4g}:"
+        f" for its probabilities it divides log-odds by a temperature of {decision.temperature:.4g}"
     )
 
 
@@ -78,7 +89,7 @@ tags:
 - Trained on: {data}
 - Tags it knows: {num_tags:,} (`vocabulary.txt`, line number from 0 = id)
 - Parameters: {num_parameters:,}
-- A tag counts as predicted from probability {threshold:g} on.
+- A tag counts as predicted from probability {decision}.
 
 ## How good it is
 

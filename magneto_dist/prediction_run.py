@@ -92,8 +92,7 @@ def predict_to_file(
         temperature=temperature,
     )
     name = "predicting" if world.num_ranks == 1 else f"predicting, rank 0 of {world.num_ranks}"
-    with progress_bar(sum(map(len, blocks)), name) as bar:
-        bar.disable = not world.is_main
+    with progress_bar(sum(map(len, blocks)), name, shown=world.is_main) as bar:
         counted = _counted(predictions, bar)
         for block in blocks:
             file.write(block, counted)

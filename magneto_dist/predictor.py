@@ -5,7 +5,7 @@
 
 1. `_Given` makes items of what is given: files as they are, what is decoded already as PNG, so that
    one way leads to the pixels, that of `launchers/predict.py`.
-2. `inference.predict` scores them.
+2. `inference.predict` scores them; the model's decision says which tags are predicted.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from magneto_dist.data.sample import BadSample, Sample
+from magneto_dist.decision import Decision
 from magneto_dist.errors import InputError
 from magneto_dist.hub import Magneto
 from magneto_dist.inference import predict
@@ -39,20 +40,30 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 class Predictor:
     """Says of each tag of a picture how likely it is an important one.
 
-    Vocabulary, preprocessing, precision and threshold are the model's. The rule for tags: those
-    that are not in its vocabulary, letter by letter, are not scored but reported as "unknown_tags";
-    those beyond its longest list as "cut_tags"; a picture without a known tag has an "error".
+    Vocabulary, preprocessing, precision, threshold and temperature are the model's. The rule for
+    tags: those that are not in its vocabulary, letter by letter, are not scored but reported as
+    "unknown_tags"; those beyond its longest list as "cut_tags"; a picture without a known tag has
+    an "error".
 
     Args:
         run: from `load_run` or `load_exported`.
-        threshold: probability in [0, 1] of a predicted tag; None: the run's.
+        threshold: probability in [0, 1] of a predicted tag, the network's own, before any
+            temperature; None: the run's.
+        temperature: what log-odds are divided by, above 0, for the probabilities that are given
+            back; 1: none; None: the run's. It changes no predicted tag.
+
+    Raises:
+        InputError: no probability, or no temperature above 0.
     """
 
-    def __init__(self, run: TrainedRun, threshold: float | None = None) -> None:
+    def __init__(
+        self, run: TrainedRun, threshold: float | None = None, temperature: float | None = None
+    ) -> None:
         self.run = run
-        self.threshold = run.config.train.threshold if threshold is None else threshold
-        if not 0 <= self.threshold <= 1:
-            raise InputError(f"threshold {threshold}: is a probability, between 0 and 1")
+        self.decision = Decision(
+            run.decision.threshold if threshold is None else threshold,
+            run.decision.temperature if temperature is None else temperature,
+        )
 
     @classmethod
     def from_pretrained(
@@ -61,6 +72,7 @@ class Predictor:
         *,
         device: torch.device | str | None = None,
         threshold: float | None = None,
+        temperature: float | None = None,
         **download: Any,
     ) -> Predictor:
         """Reads a run folder, an exported folder, or a model of the Hub.
@@ -69,13 +81,13 @@ class Predictor:
             path_or_hub_id: see `Magneto.from_pretrained`, also for what it raises.
             device: to compute on; None: the first GPU, if there is one.
             threshold: as above.
+            temperature: as above.
             download: as there.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(
-            Magneto.from_pretrained(path_or_hub_id, device=device, **download).run, threshold
-        )
+        run = Magneto.from_pretrained(path_or_hub_id, device=device, **download).run
+        return cls(run, threshold, temperature)
 
     def predict(
         self,
@@ -108,8 +120,15 @@ class Predictor:
             raise InputError("this model looks at pictures: give one for each list of tags")
         items = _given([images] if is_one else images, [tags] if is_one else tags, sees_pictures)
         everything = [range(len(items))]
-        scored = predict(self.run, items, everything, batch_size=batch_size, num_workers=0)
-        lines = [item.as_json(self.threshold) for item in scored]
+        scored = predict(
+            self.run,
+            items,
+            everything,
+            batch_size=batch_size,
+            num_workers=0,
+            temperature=self.decision.temperature,
+        )
+        lines = [item.as_json(self.decision.calibrated_threshold) for item in scored]
         return lines[0] if is_one else lines
 
 

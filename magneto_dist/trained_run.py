@@ -10,9 +10,11 @@ from torch import nn
 
 from magneto_dist.config import Config
 from magneto_dist.config_io import load_config
+from magneto_dist.decision import Decision
 from magneto_dist.errors import InputError
 from magneto_dist.files import sha256_of
 from magneto_dist.model.magneto import build_model
+from magneto_dist.precision import HALF_DTYPES
 from magneto_dist.training.checkpoint import (
     MARKER,
     best_or_newest,
@@ -35,6 +37,8 @@ class TrainedRun:
     """In evaluation mode, on the chosen device, in the run's memory format and dtype."""
     checkpoint: Path
     """Where the weights came from."""
+    decision: Decision
+    """From which probability a tag is predicted: as it was trained, or as was chosen since."""
 
     @property
     def checkpoint_sha256(self) -> str:
@@ -43,7 +47,7 @@ class TrainedRun:
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The precision that the run was trained in; fp16 on a GPU alone."""
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.config.train.precision)
+        dtype = HALF_DTYPES.get(self.config.train.precision)
         enabled = dtype is not None and (dtype == torch.bfloat16 or device.type == "cuda")
         return torch.autocast(device.type, dtype=dtype, enabled=enabled)
 
@@ -74,7 +78,7 @@ def load_run(run_dir: Path, device: torch.device | str = "cpu") -> TrainedRun:
             " with, and every tag would be taken for another: put the run's own back"
         )
     model = load_model(checkpoint, config, len(vocabulary), device)
-    return TrainedRun(config, vocabulary, model, checkpoint)
+    return TrainedRun(config, vocabulary, model, checkpoint, Decision(config.train.threshold))
 
 
 def load_model(

@@ -79,6 +79,18 @@ def test_lines_for_people_are_one_a_finding(tmp_path: Path) -> None:
     assert not (tmp_path / "où").exists()
 
 
+def test_packages_that_the_doctor_itself_needs_may_be_missing(tmp_path: Path) -> None:
+    for package in ("psutil", "packaging", "torch"):
+        broken(tmp_path, package, f"raise ModuleNotFoundError(\"No module named '{package}'\")\n")
+    found, _, code = doctor(first_on_path=tmp_path)
+    assert code == 1
+    for name, package in (("packages", "packaging"), ("memory", "psutil"), ("network", "psutil")):
+        assert found[name]["state"] == "fail"
+        assert found[name]["found"] == f"cannot be looked up: No module named '{package}'"
+        assert "pip install" in found[name]["fix"]
+    assert found["python"]["state"] == found["open files"]["state"] == "ok"
+
+
 @pytest.mark.slow
 def test_this_machine_trains(tmp_path: Path) -> None:
     found, report, code = doctor("--output_dir", str(tmp_path), "--timeout_s", "300")

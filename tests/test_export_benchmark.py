@@ -17,6 +17,15 @@ from magneto_dist.data.stream import SampleReader
 from warm import REPOSITORY
 
 NUM_PICTURES = 36
+BENCHMARK = [sys.executable, REPOSITORY / "benchmarks" / "export.py", "--skip_ls"]
+
+
+def test_a_table_that_is_absent_ends_in_one_line(tmp_path: Path) -> None:
+    command = [*BENCHMARK, "--photos", tmp_path / "absent.csv"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "absent.csv" in done.stderr
 
 
 @pytest.mark.slow
@@ -31,9 +40,8 @@ def test_the_benchmark_compares_and_times_every_form(demo_shards: Path, tmp_path
         rows.append([f"{raw.key}.jpg", ",".join(told["tags"]), ",".join(important)])
     with (tmp_path / "photos.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["file_name", "tags", "important_tags"], *rows])
-    command = [sys.executable, REPOSITORY / "benchmarks" / "export.py", "--skip_ls"]
     options = ["--photos", tmp_path / "photos.csv", "--epochs", "1", "--rounds", "3"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    done = subprocess.run([*BENCHMARK, *options], capture_output=True, text=True, check=True)
     assert f"{NUM_PICTURES} photographs" in done.stdout
     for form in ("torch.export", "ONNX Runtime"):
         (difference,) = re.findall(rf"{form}: off by at most (\S+)", done.stdout)

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import gpu
-from gpu_parts import ROOT, Part, plan, read_decoders, read_tests, run_part
+from gpu_parts import ROOT, Part, plan, read_decoders, read_tests
+from gpu_runs import run_part
 from magneto_dist.config_io import parse_command_line
 
 

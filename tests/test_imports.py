@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "magneto_dist"
 
-LEAVES = {"batch", "config", "vocabulary", "world", "errors", "files"}
+LEAVES = {"batch", "config", "config_checks", "decision", "errors", "files", "precision",
+          "vocabulary", "world"}  # fmt: skip
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, LEAVES),
     "config_io": LEAVES,

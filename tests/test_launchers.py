@@ -15,6 +15,7 @@ import torch
 from magneto_dist import export
 from magneto_dist.data.items import ShardItems
 from magneto_dist.data.shards import Dataset
+from magneto_dist.decision import Decision
 from magneto_dist.errors import InputError
 from magneto_dist.hub import load_exported
 from magneto_dist.trained_run import load_run
@@ -66,7 +67,8 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def exported(run_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "für alle"
-    printed = run("export.py", "--run", str(run_dir), "--out", str(out), "--onnx", "--pt2")
+    printed = run("export.py", "--run", str(run_dir), "--out", str(out), "--onnx", "--pt2",
+                  "--threshold", "0.375")  # fmt: skip
     for runtime in ("onnx", "pt2"):
         (difference,) = re.findall(
             rf"model.{runtime}: probabilities of 22 items differ by at most (\S+) from", printed
@@ -93,6 +95,16 @@ def test_exported_model_gives_the_same_bits(run_dir, exported):
     assert "magneto" in card
     assert "`model.onnx`: off by at most" in card
     assert str(run_dir) not in card + (out / "config.json").read_text(encoding="utf-8")
+
+
+def test_files_for_other_runtimes_say_from_which_probability_a_tag_is_predicted(exported):
+    session = onnxruntime.InferenceSession(exported / "model.onnx")
+    extra = {export.METADATA: ""}
+    torch.export.load(exported / "model.pt2", extra_files=extra)
+    for text in (session.get_modelmeta().custom_metadata_map[export.METADATA], *extra.values()):
+        assert Decision.from_json(json.loads(text)) == Decision(0.375)
+    assert load_exported(exported).decision == Decision(0.375)
+    assert "from probability 0.375 on.\n" in (exported / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(("items", "slots"), [(1, 1), (1, 12), (3, 1), (9, 40)])
@@ -126,10 +138,10 @@ def test_an_export_that_differs_is_refused(run_dir, demo_shards, tmp_path, monke
     trained = load_run(run_dir)
     items = ShardItems(Dataset.open(str(demo_shards)), "validation", True)
 
-    def write_wrong(graph, path):
+    def write_wrong(graph, path, decision):
         name = "network.tag_head.bias"
         graph.state_dict[name] = torch.nn.Parameter(graph.state_dict[name] + 1)
-        return export.write_pt2(graph, path)
+        return export.write_pt2(graph, path, decision)
 
     monkeypatch.setitem(export._WRITERS, "pt2", write_wrong)
     with pytest.raises(InputError, match=r"--pt2: probabilities differ by 0\.\d+ from"):

@@ -15,17 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from magneto_dist.config import AugmentConfig, Config, ModelConfig, TagsConfig, TrainConfig
 from magneto_dist.training.optim import build_optimizer
 from memory import ASSUMED, Case, largest_fit, row_of
-from step_memory import (
-    BareSession,
-    StepMemory,
-    kept_by_forward,
-    measure,
-    model_of,
-    noise,
-    predict,
-    take_steps,
-    training_job,
-)
+from predicted_memory import StepMemory, kept_by_forward, predict
+from step_memory import BareSession, measure, model_of, noise, take_steps, training_job
 
 NUM_TAGS = 1000
 CONFIG = Config(

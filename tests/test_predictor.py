@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from loopback_hub import loopback_hub
 from magneto_dist import Magneto, Predictor
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.stream import SampleReader
+from magneto_dist.decision import Decision
 from magneto_dist.errors import InputError
 from processes import TINY, run
 from warm import REPOSITORY
@@ -185,13 +187,72 @@ def test_what_makes_no_sense_is_refused(predictor: Predictor, pictures: list[Pat
             predictor.predict(images, own)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="between 0 and 1"):
         Predictor(predictor.run, 50)
+    with pytest.raises(InputError, match="above 0"):
+        Predictor(predictor.run, temperature=0)
 
 
 def test_the_threshold_can_be_another(predictor: Predictor, pictures: list[Path]) -> None:
-    assert predictor.threshold == 0.45
+    assert predictor.decision == Decision(0.45)
     own = list(predictor.run.vocabulary.tags[:12])
     assert Predictor(predictor.run, 1.0).predict(pictures[0], own)["predicted"] == []
     assert len(Predictor(predictor.run, 0.0).predict(pictures[0], own)["predicted"]) == 12
+
+
+def test_what_was_chosen_goes_with_the_exported_model(
+    predictor: Predictor, run_dir: Path, demo_shards: Path,
+    pictures: list[Path], tags: list[list[str]], tmp_path: Path,
+) -> None:  # fmt: skip
+    def by_launcher(name: str, threshold: str) -> list[dict]:
+        run("predict.py", "--run", str(run_dir), "--input", str(demo_shards), "--num_workers", "0",
+            "--out", str(tmp_path / name), "--threshold", threshold)  # fmt: skip
+        lines = [json.loads(line) for line in (tmp_path / name).read_text("utf-8").splitlines()]
+        return [{key: line[key] for key in line if key not in ("key", "row")} for line in lines]
+
+    def predicted(items: list[dict]) -> list[set[str]]:
+        return [{*item["predicted"]} for item in items]
+
+    of_the_run = predictor.predict(pictures, tags)
+    said = sorted({p for item in of_the_run for p in item["probability"]})
+    lower = said[len(said) // 4 : len(said) // 2]
+    _, below, above = max((b - a, a, b) for a, b in pairwise(lower))  # rounding decides nothing
+    decision = Decision((below + above) / 2, 1.7)
+    chosen, out = tmp_path / "größe.json", tmp_path / "exported"
+    checkpoint = {"checkpoint_sha256": predictor.run.checkpoint_sha256}
+    chosen.write_text(json.dumps({"decision": {**checkpoint, **decision.as_json()}}))
+    run("export.py", "--run", str(run_dir), "--out", str(out), "--threshold", str(chosen))
+
+    expected = by_launcher("chosen.jsonl", str(chosen))
+    exported = Predictor.from_pretrained(out, device="cpu")
+    assert exported.decision == decision
+    assert without_keys(exported.predict(pictures, tags)) == expected
+    plain = by_launcher("plain.jsonl", str(decision.threshold))
+    assert predicted(plain) == predicted(expected)
+    assert plain[0]["probability"] != expected[0]["probability"]
+    assert predicted(of_the_run) != predicted(expected)
+
+    card = (out / "README.md").read_text("utf-8")
+    assert f"from probability {decision.threshold:g} on" in card
+    assert "a temperature of 1.7" in card
+    assert "at the threshold 0.45 of its training" in card
+    again = Predictor.from_pretrained(out, device="cpu", threshold=0.45, temperature=1)
+    as_trained = again.predict(pictures, tags)
+    assert predicted(as_trained) == predicted(of_the_run)
+    assert as_trained[0]["probability"] == pytest.approx(of_the_run[0]["probability"], abs=1e-5)
+
+
+def test_a_model_that_was_exported_without_a_decision_has_its_threshold_of_training(
+    folder: Path, tmp_path: Path
+) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(folder, older)
+    content = json.loads((folder / "config.json").read_bytes())
+    for decision in ({"threshold": 7, "temperature": None}, {"threshold": 0.5}, []):
+        (older / "config.json").write_text(json.dumps({**content, "decision": decision}))
+        with pytest.raises(InputError, match=r"config\.json: is damaged"):
+            Predictor.from_pretrained(older)
+    del content["decision"]
+    (older / "config.json").write_text(json.dumps(content))
+    assert Predictor.from_pretrained(older).decision == Decision(0.45)
 
 
 def test_a_model_of_tags_alone_needs_no_picture(demo_shards: Path, tmp_path: Path) -> None:

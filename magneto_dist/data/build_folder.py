@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
+from magneto_dist.data.dataset_file import DATASET_FILE, VOCABULARY_FILE, Shard
 from magneto_dist.data.shard_index import ShardIndex, index_name
-from magneto_dist.data.shards import DATASET_FILE, VOCABULARY_FILE, Shard
 from magneto_dist.data.storage import Storage
 from magneto_dist.errors import InputError
 from magneto_dist.files import sync_file, sync_folder, write_atomically

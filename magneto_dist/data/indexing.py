@@ -1,46 +1,37 @@
-"""Data sets of tars that are there already: indexes, vocabulary, `dataset.json`, and no copies.
+"""A data set of tars that are there already, of anybody, and no copies.
 
-1. `index_tars` reads WebDataset tars of anybody (`tar_scan.py`).
-2. `split_dataset` cuts an existing data set into training and validation samples anew.
+1. The tars are read (`tar_scan.py`); samples that could never be trained on are left out.
+2. They are cut into training and validation samples.
+3. What makes a data set of them is written (`existing_tars.py`).
 """
 
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
+from magneto_dist.data.dataset_file import Shard
+from magneto_dist.data.existing_tars import (
+    Entry,
+    Part,
+    place_of,
+    refuse_other_data,
+    split_part,
+    write_dataset,
+)
 from magneto_dist.data.image_bytes import DEFAULT_MAX_MEGAPIXELS
 from magneto_dist.data.parallel import run_tasks
-from magneto_dist.data.sample import AnnotationFields, BadSample
-from magneto_dist.data.shard_index import Member, ShardIndex, index_bytes, index_name
-from magneto_dist.data.shards import (
-    DATASET_FILE,
-    VOCABULARY_FILE,
-    Dataset,
-    Shard,
-    dataset_bytes,
-)
-from magneto_dist.data.sources.columns import (
-    check_fraction,
-    is_validation,
-    unique_keys,
-    vocabulary_of,
-)
+from magneto_dist.data.sample import AnnotationFields
+from magneto_dist.data.sources.columns import check_fraction, unique_keys, vocabulary_of
 from magneto_dist.data.storage import Storage
 from magneto_dist.data.tar_scan import ScannedTar, TarScan
-from magneto_dist.data.unique_keys import UniqueKeys
 from magneto_dist.data.writer import SKIPPED_FILE, WriteReport, write_skipped
 from magneto_dist.errors import InputError
-from magneto_dist.files import write_atomically
 from magneto_dist.vocabulary import Vocabulary
 
 
@@ -101,7 +92,7 @@ def index_tars(
         raise InputError(f"{tars}: --out must say where to write, for the tars lie under a URL")
     out = Path(storage.root) if out is None else out
     source = {"builder": "index", "tars": tars}
-    _refuse_other_data(out, source)
+    refuse_other_data(out, source)
     fields = AnnotationFields(tags_field, important_field, separator, important_as == "tags")
     scan = TarScan(
         storage,
@@ -116,80 +107,17 @@ def index_tars(
     has_images = any(len(sample.members) == 2 for tar in scanned for sample in tar.samples)
     scanned = [_usable(tar, known, has_images) for tar in scanned]
     report = _report(out, tars, scanned, max_skipped_fraction)
-    _write(
+    write_dataset(
         out,
         _cut(scanned, validation, validation_fraction),
         known,
         has_images,
         source=source,
-        tars=_from(out, storage),
+        tars=place_of(out, storage),
         fields=fields,
         ignores_unknown_tags=True,
     )
     return report
-
-
-def split_dataset(data_set: str, out: Path, *, validation_fraction: float = 0.1) -> WriteReport:
-    """Cuts a data set into training and validation samples anew, by the hashes of their keys.
-
-    What is written to `out` leads to the tars where they are.
-
-    Args:
-        data_set: folder or URL with dataset.json; its own splits are put together first.
-        out: another folder.
-        validation_fraction: share of the samples to validate on.
-
-    Raises:
-        InputError: no data set, or another one in `out`; a key that two samples have.
-    """
-    check_fraction(validation_fraction)
-    dataset = Dataset.open(data_set)
-    source = {"builder": "split", "data_set": data_set, "validation_fraction": validation_fraction}
-    _refuse_other_data(out, source)
-    parts: list[_Part] = []
-    for shards in dataset.splits.values():
-        for shard in shards:
-            index = ShardIndex.read(dataset.storage, shard.name)
-            entries = [
-                _Entry(
-                    index.keys[row],
-                    tuple(index.members(row)),
-                    _is_labelled(dataset, shard, index, row),
-                )
-                for row in range(index.num_samples)
-            ]
-            parts += _split_part(shard, entries, validation_fraction)
-    _write(
-        out,
-        parts,
-        dataset.vocabulary,
-        dataset.has_images,
-        source=source,
-        tars=_from(out, dataset.tar_storage),
-        fields=dataset.fields,
-        ignores_unknown_tags=dataset.ignores_unknown_tags,
-    )
-    return WriteReport(sum(len(part.entries) for part in parts), [])
-
-
-class _Entry(NamedTuple):
-    """A sample of an index that is about to be written."""
-
-    key: str
-    members: tuple[Member, ...]
-    is_labelled: bool
-
-
-class _Part(NamedTuple):
-    """The samples of one tar that go to one split."""
-
-    split: str
-    shard: Shard
-    """Its tar; the numbers of samples are still to be filled in."""
-    entries: list[_Entry]
-
-
-# Reading ----------------------------------------------------------------------------------------
 
 
 def _list(tars: str) -> tuple[Storage, list[str]]:
@@ -259,116 +187,19 @@ def _report(
     return WriteReport(num_samples, skipped)
 
 
-def _is_labelled(dataset: Dataset, shard: Shard, index: ShardIndex, row: int) -> bool:
-    if shard.num_labelled in (0, shard.num_samples):
-        return shard.num_labelled > 0
-    _, offset, size, _ = index.members(row)[-1]
-    try:
-        content = dataset.tar_storage.read(shard.file, offset, size)
-        return dataset.annotation(content)[1] is not None
-    except BadSample:
-        return False
-
-
-# Writing ----------------------------------------------------------------------------------------
-
-
-def _cut(scanned: Sequence[ScannedTar], validation: str, fraction: float) -> list[_Part]:
+def _cut(scanned: Sequence[ScannedTar], validation: str, fraction: float) -> list[Part]:
     keys = iter(
         unique_keys([f"{tar.name}/{sample.name}.x" for tar in scanned for sample in tar.samples])
     )
-    parts: list[_Part] = []
+    parts: list[Part] = []
     for tar in scanned:
         entries = [
-            _Entry(next(keys), sample.members, sample.important is not None)
+            Entry(next(keys), sample.members, sample.important is not None)
             for sample in tar.samples
         ]
         shard = Shard("", 0, 0, tar.num_bytes, tar.sha256, tar.name)
         if fnmatch.fnmatchcase(tar.name, validation):
-            parts.append(_Part("validation", shard, entries))
+            parts.append(Part("validation", shard, entries))
         else:
-            parts += _split_part(shard, entries, fraction)
+            parts += split_part(shard, entries, fraction)
     return parts
-
-
-def _split_part(shard: Shard, entries: list[_Entry], validation_fraction: float) -> list[_Part]:
-    chosen = [is_validation(entry.key, validation_fraction) for entry in entries]
-    train = [entry for entry, is_chosen in zip(entries, chosen, strict=True) if not is_chosen]
-    return [
-        _Part("train", shard, train),
-        _Part("validation", shard, list(compress(entries, chosen))),
-    ]
-
-
-def _write(
-    out: Path,
-    parts: Sequence[_Part],
-    vocabulary: Vocabulary,
-    has_images: bool,
-    *,
-    source: dict[str, Any],
-    tars: str | None,
-    fields: AnnotationFields,
-    ignores_unknown_tags: bool,
-) -> None:
-    """The indexes, the vocabulary, and `dataset.json` at last.
-
-    Raises:
-        InputError: a key occurs twice.
-    """
-    keys = UniqueKeys()
-    for _, shard, entries in parts:
-        keys.add((entry.key for entry in entries), shard.file)
-    out.mkdir(parents=True, exist_ok=True)
-    splits: dict[str, list[Shard]] = {}
-    for split, shard, entries in parts:
-        if not entries:
-            continue
-        shards = splits.setdefault(split, [])
-        name = f"{split}-{len(shards):06}.tar"
-        members = [[m._replace(name=f"{e.key}.{m.extension}") for m in e.members] for e in entries]
-        index = index_bytes(members)
-        write_atomically(out / index_name(name), index)
-        num_labelled = sum(entry.is_labelled for entry in entries)
-        shards.append(
-            replace(
-                shard,
-                name=name,
-                num_samples=len(entries),
-                num_labelled=num_labelled,
-                tar=shard.file,
-                index_num_bytes=len(index),
-                index_sha256=hashlib.sha256(index).hexdigest(),
-            )
-        )
-    write_atomically(out / VOCABULARY_FILE, vocabulary.to_bytes())
-    content = dataset_bytes(
-        {split: tuple(shards) for split, shards in splits.items()},
-        vocabulary,
-        has_images,
-        source,
-        "",
-        tars=tars,
-        fields=fields,
-        ignores_unknown_tags=ignores_unknown_tags,
-    )
-    write_atomically(out / DATASET_FILE, content)
-
-
-def _refuse_other_data(out: Path, source: dict[str, Any]) -> None:
-    try:
-        content = json.loads((out / DATASET_FILE).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or content.get("source") != source:
-        raise InputError(f"{out}: holds another data set: choose another folder with --out")
-
-
-def _from(out: Path, tars: Storage) -> str | None:
-    """How `dataset.json` in `out` calls the place of the tars; None: they are beside it."""
-    if tars.is_remote:
-        return tars.root
-    folder = Path(tars.root).resolve()
-    return None if folder == out.resolve() else str(folder)

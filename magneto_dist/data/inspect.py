@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from magneto_dist.data.dataset_file import Shard
 from magneto_dist.data.image_bytes import ImageHeader, check_image_size, image_header
+from magneto_dist.data.parallel import progress_bar
 from magneto_dist.data.sample import BadSample
 from magneto_dist.data.shard_index import ShardIndex
-from magneto_dist.data.shards import Dataset, Shard
+from magneto_dist.data.shards import Dataset
 
 _TOP_TAGS = 20
 _MAX_PICTURES = 10_000
@@ -50,7 +51,7 @@ def count(dataset: Dataset, split: str) -> Counts:
     """
     counts = Counts(dataset, split)
     spacing = max(1, -(-dataset.num_samples(split) // _MAX_PICTURES))
-    with tqdm(total=dataset.num_samples(split), desc=f"reading {split}", unit="item") as bar:
+    with progress_bar(dataset.num_samples(split), f"reading {split}") as bar:
         for shard in dataset.shards(split):
             index = ShardIndex.read(dataset.storage, shard.name)
             for row in range(index.num_samples):

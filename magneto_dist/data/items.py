@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from magneto_dist.data.dataset_file import DATASET_FILE
 from magneto_dist.data.item_rows import (
     ItemRow,
     RowsFile,
@@ -25,7 +26,7 @@ from magneto_dist.data.item_rows import (
 )
 from magneto_dist.data.network import is_url
 from magneto_dist.data.sample import BadSample, Sample, parse_annotation
-from magneto_dist.data.shards import DATASET_FILE, Dataset
+from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources.columns import parse_tags
 from magneto_dist.data.sources.picture_files import read_picture
 from magneto_dist.data.sources.table import PictureReader, TableColumns, TableRow

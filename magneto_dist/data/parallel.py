@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -64,11 +64,32 @@ def run_tasks(
             yield from _run_in_processes(work, tasks, num_processes, bar)
 
 
-def progress_bar(num_items: int | None, description: str) -> tqdm:
-    """Counts items on standard error; None: how many there will be is not known."""
-    interval_s = _REFRESH_S if sys.stderr.isatty() else _REFRESH_LOG_S
+def progress_bar(
+    num_items: int | None,
+    description: str,
+    over: Iterable[Any] | None = None,
+    *,
+    unit: str = "item",
+    shown: bool = True,
+) -> tqdm:
+    """Counts items on standard error, with the time that is left.
+
+    Args:
+        num_items: None: how many there will be is not known.
+        description: of what goes on.
+        over: what the bar is to be iterated in place of; None: it will be told of each item.
+        unit: what an item is called.
+        shown: False: by another process.
+    """
     return tqdm(
-        total=num_items, desc=description, unit="item", mininterval=interval_s, smoothing=0.05
+        over,
+        total=num_items,
+        desc=description,
+        unit=unit,
+        mininterval=_REFRESH_S if sys.stderr.isatty() else _REFRESH_LOG_S,
+        smoothing=0.05,
+        dynamic_ncols=True,
+        disable=not shown,
     )
 
 

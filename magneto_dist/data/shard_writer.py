@@ -16,6 +16,7 @@ from webdataset.writer import TarWriter
 from magneto_dist.data import build_folder
 from magneto_dist.data.build_folder import FinishedShard, ShardPlan
 from magneto_dist.data.build_space import clear_full_disk
+from magneto_dist.data.dataset_file import Shard
 from magneto_dist.data.decode_cpu import check_image_decodes
 from magneto_dist.data.parallel import Tick
 from magneto_dist.data.sample import (
@@ -26,7 +27,6 @@ from magneto_dist.data.sample import (
     valid_key,
 )
 from magneto_dist.data.shard_index import Member, index_bytes, index_name
-from magneto_dist.data.shards import Shard
 from magneto_dist.data.shrink import Shrink
 from magneto_dist.errors import InputError
 from magneto_dist.files import sha256_of, write_atomically

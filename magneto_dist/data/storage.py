@@ -14,16 +14,14 @@ one for thousands of samples.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from magneto_dist.data.checksums import CheckedReadings, told_checksum
 from magneto_dist.data.network import REMOTE_SCHEMES, filesystem, retried
+from magneto_dist.data.open_files import OpenFile, OpenFiles
 from magneto_dist.data.shard_cache import Download, ShardCache, Size, default_cache_dir
 from magneto_dist.data.transfer import Readable, answer, download, stream
 from magneto_dist.errors import FormatError, InputError
@@ -36,7 +34,6 @@ _WHAT_TO_DO = (
     "copy the file again, or make the data set again (if by `shards.py index` over a network, then"
     " with --read_twice true)"
 )
-_MAX_OPEN_FILES = 64
 _READ_ATTEMPTS = 3
 
 
@@ -87,8 +84,7 @@ class Storage:
         self.__init__(**state)
 
     def _open_nothing(self) -> None:
-        self._lock = threading.Lock()
-        self._open_files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._open_files = OpenFiles()
         self._filesystem: Any = None
 
     def read(self, name: str, offset: int, size: int) -> bytes:
@@ -102,7 +98,7 @@ class Storage:
             return self._open(name).read(offset, size)
         # Not kept open: a deleted file would go on taking space of the cache.
         where = self.where(name)
-        return self._from_cache(name, lambda path: _OpenFile(path, where).read(offset, size))
+        return self._from_cache(name, lambda path: OpenFile(path, where).read(offset, size))
 
     def _from_cache(self, name: str, read: Callable[[Path], bytes]) -> bytes:
         for _ in range(_READ_ATTEMPTS):
@@ -302,19 +298,11 @@ class Storage:
         """Path or URL of the file `name`, for people."""
         return f"{self.root}/{name}"
 
-    def _open(self, name: str) -> _OpenFile:
-        with self._lock:
-            file = self._open_files.get(name)
-            if file is None:
-                try:
-                    file = _OpenFile(self._local(name), self.where(name))
-                except (FileNotFoundError, NotADirectoryError):
-                    raise InputError(f"{self.where(name)}: does not exist") from None
-                self._open_files[name] = file
-                if len(self._open_files) > _MAX_OPEN_FILES:
-                    self._open_files.popitem(last=False)
-            self._open_files.move_to_end(name)
-            return file
+    def _open(self, name: str) -> OpenFile:
+        try:
+            return self._open_files.get(name, lambda: OpenFile(self._local(name), self.where(name)))
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{self.where(name)}: does not exist") from None
 
     def _request(self, name: str, ask: Any) -> Any:
         """`ask(filesystem, url)` about a file."""
@@ -326,38 +314,6 @@ class Storage:
         if self._filesystem is None:
             self._filesystem = filesystem(self.root)
         return retried(url, lambda: ask(self._filesystem, url))
-
-
-class _OpenFile:
-    """A descriptor that is closed when nobody reads from it any more."""
-
-    def __init__(self, path: Path, where: str) -> None:
-        self._where = where
-        self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._num_bytes = os.fstat(self._descriptor).st_size
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-    def read(self, offset: int, size: int) -> bytes:
-        if offset + size > self._num_bytes:  # else the kernel would be asked for any nonsense
-            raise InputError(
-                f"{self._where}: has {self._num_bytes} bytes, but {offset + size} are needed; it is"
-                " cut off, or its index is not its own: copy or build it again"
-            )
-        pieces: list[bytes] = []
-        while size > 0:  # the kernel gives at most 2 GiB at once
-            try:
-                piece = os.pread(self._descriptor, size, offset)
-            except OSError as error:
-                raise OSError(error.errno, f"{self._where}: {error.strerror}") from None
-            if not piece:
-                raise OSError(f"{self._where}: was cut off while it was read")
-            pieces.append(piece)
-            offset, size = offset + len(piece), size - len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _with_size(info: dict[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from magneto_dist.batch import LEFT_OUT, Reject
+from magneto_dist.data.dataset_file import Shard
 from magneto_dist.data.image_bytes import check_image_size
 from magneto_dist.data.sample import BadSample, Sample, check_annotation_size
 from magneto_dist.data.shard_index import ShardIndex, index_name
-from magneto_dist.data.shards import Dataset, Shard
+from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError
 from magneto_dist.vocabulary import Vocabulary
 

@@ -16,6 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from magneto_dist.data.dataset_file import DATASET_FILE, Shard
 from magneto_dist.data.decode_cpu import check_image_decodes
 from magneto_dist.data.image_bytes import (
     DEFAULT_MAX_MEGAPIXELS,
@@ -25,7 +26,7 @@ from magneto_dist.data.image_bytes import (
 from magneto_dist.data.parallel import Tick, run_tasks
 from magneto_dist.data.sample import BadSample, check_annotation_size, valid_key
 from magneto_dist.data.shard_index import Member, ShardIndex, index_bytes, index_name
-from magneto_dist.data.shards import DATASET_FILE, Dataset, Shard
+from magneto_dist.data.shards import Dataset
 from magneto_dist.data.tar_scan import is_plain_file, members_of
 from magneto_dist.errors import FormatError, InputError
 from magneto_dist.files import sha256_of

@@ -29,18 +29,18 @@ from magneto_dist.data.build_space import (
     picture_sizes,
     require_space_for,
 )
+from magneto_dist.data.dataset_file import (
+    DATASET_FILE,
+    SPLITS,
+    VOCABULARY_FILE,
+    Shard,
+    dataset_bytes,
+)
 from magneto_dist.data.image_bytes import DEFAULT_MAX_MEGAPIXELS
 from magneto_dist.data.parallel import run_tasks
 from magneto_dist.data.sample import Sample
 from magneto_dist.data.shard_writer import ShardWriter, refuse_some_images
-from magneto_dist.data.shards import (
-    DATASET_FILE,
-    SPLITS,
-    VOCABULARY_FILE,
-    Dataset,
-    Shard,
-    dataset_bytes,
-)
+from magneto_dist.data.shards import Dataset
 from magneto_dist.data.shrink import NO_SHRINK, Shrink
 from magneto_dist.data.unique_keys import UniqueKeys
 from magneto_dist.errors import InputError

@@ -1,6 +1,7 @@
 """What can be looked up without trying anything: packages, disk, memory, limits, network.
 
-Imports nothing heavy that may be broken: torch and all that needs it are tried in `trials.py`.
+Imports nothing that may be missing or broken but where it is used, for a line of its own: torch and
+all that needs it are tried in `trials.py`.
 """
 
 from __future__ import annotations
@@ -10,29 +11,37 @@ import resource
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-
-import psutil
-from packaging.requirements import Requirement
 
 from magneto_dist.doctor.finding import Finding
 
 GB = 1e9
 _NAMED = ("torch", "torchvision", "accelerate", "deepspeed", "nvidia-dali-cuda130", "simplejpeg")
 """Packages whose versions explain most differences between machines."""
+_INSTALL = "python -m pip install -e ."
 
 
 def machine_findings(folder: Path) -> Iterator[Finding]:
     """All that can be looked up; `folder` is where runs and data sets will be written."""
     yield python_finding(sys.version_info[:3])
-    yield packages_finding(_requirements())
-    yield memory_finding(available_memory_bytes())
+    yield looked_up("packages", lambda: packages_finding(_requirements()))
+    yield looked_up("memory", lambda: memory_finding(available_memory_bytes()))
     yield disk_finding(folder, shutil.disk_usage(existing(folder)).free)
     yield shared_memory_finding(shutil.disk_usage("/dev/shm").free, min(usable_cores() - 1, 8))
     yield open_files_finding(resource.getrlimit(resource.RLIMIT_NOFILE))
-    yield network_finding(network_addresses(), own_address(), os.environ)
+    yield looked_up(
+        "network", lambda: network_finding(network_addresses(), own_address(), os.environ)
+    )
+
+
+def looked_up(name: str, look: Callable[[], Finding]) -> Finding:
+    """What `look` finds; or that a package which it needs cannot be imported."""
+    try:
+        return look()
+    except ImportError as error:
+        return Finding(name, "fail", f"cannot be looked up: {error}", _INSTALL)
 
 
 def _requirements() -> list[str]:
@@ -52,6 +61,8 @@ def python_finding(running: Sequence[int]) -> Finding:
 
 def packages_finding(requirements: Sequence[str]) -> Finding:
     """Whether all that `requirements` (as in package metadata) ask for is installed."""
+    from packaging.requirements import Requirement
+
     wanted = [Requirement(text) for text in requirements]
     wanted = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
     wrong, named = [], []
@@ -66,7 +77,7 @@ def packages_finding(requirements: Sequence[str]) -> Finding:
         if not requirement.specifier.contains(installed, prereleases=True):
             wrong.append(f"{requirement.name} {installed} is not {requirement.specifier}")
     if wrong:
-        return Finding("packages", "fail", ", ".join(wrong), "python -m pip install -e .")
+        return Finding("packages", "fail", ", ".join(wrong), _INSTALL)
     return Finding("packages", "ok", ", ".join(named))
 
 
@@ -87,6 +98,8 @@ def usable_cores() -> int:
 
 def available_memory_bytes() -> float:
     """What this machine, or the container that we are in, can still give."""
+    import psutil
+
     free = float(psutil.virtual_memory().available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
@@ -143,6 +156,8 @@ def open_files_finding(limits: tuple[int, int]) -> Finding:
 
 def network_addresses() -> dict[str, list[str]]:
     """Interface that is up -> its IPv4 and IPv6 addresses, link-local ones left out."""
+    import psutil
+
     families = (socket.AF_INET, socket.AF_INET6)
     states = psutil.net_if_stats()
     return {

@@ -24,8 +24,9 @@ from torchvision import models
 
 from magneto_dist.config import ModelConfig, Precision
 from magneto_dist.errors import InputError
-from magneto_dist.model.folding import FoldedStages, fast_precision, frozen_dtype
+from magneto_dist.model.folding import FoldedStages, fast_precision
 from magneto_dist.model.norm import GhostBatchNorm2d, replace_batch_norms, row_validity_of
+from magneto_dist.precision import HALF_DTYPES
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -69,7 +70,7 @@ def build_backbone(config: ModelConfig) -> Backbone:
         num_frozen,
         batch_norms_frozen=config.backbone_batch_norm == "frozen",
         frozen_norms_drift=config.frozen_batch_norm == "drifting",
-        frozen_dtype=frozen_dtype(frozen_precision(config)),
+        frozen_dtype=HALF_DTYPES.get(frozen_precision(config)),
     )
 
 

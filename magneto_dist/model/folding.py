@@ -10,13 +10,7 @@ from torch.fx.experimental.optimization import fuse
 
 from magneto_dist.config import Precision
 
-_DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TURING = (7, 0)  # its tensor cores came with Volta; none in the GTX 16 series, which is no slower
-
-
-def frozen_dtype(precision: Precision) -> torch.dtype | None:
-    """What frozen stages compute in; None: in what the rest computes in."""
-    return _DTYPES[precision]
 
 
 def fast_precision() -> Precision:

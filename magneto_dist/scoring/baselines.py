@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float64
 from torch import Tensor
-from tqdm import tqdm
 
 from magneto_dist.batch import Batch
 from magneto_dist.config import Config
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
+from magneto_dist.data.parallel import progress_bar
 from magneto_dist.data.shards import Dataset
 from magneto_dist.training.session import Session
 
@@ -61,13 +61,12 @@ def count_training_tags(dataset: Dataset, config: Config, session: Session) -> T
     num_tags = len(dataset.vocabulary)
     counts = torch.zeros(2, num_tags + 1, dtype=torch.float64)
     num_items = torch.zeros(1, dtype=torch.float64)
-    batches = tqdm(
+    batches = progress_bar(
+        loader.steps_per_epoch,
+        "tags of train",
         loader.batches(1, loader.steps_per_epoch),
-        desc="tags of train",
-        total=loader.steps_per_epoch,
         unit="batch",
-        dynamic_ncols=True,
-        disable=not session.is_main,
+        shown=session.is_main,
     )
     for batch in batches:
         for row, which in enumerate((batch.tag_mask, batch.tag_mask & batch.target)):

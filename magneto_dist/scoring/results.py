@@ -33,7 +33,8 @@ def results(scored: SplitScores) -> dict[str, Any]:
             "confidence": bootstrap.CONFIDENCE,
         },
         "decision": {
-            **scored.decision.as_json(scored.checkpoint_sha256),
+            "checkpoint_sha256": scored.checkpoint_sha256,
+            **scored.decision.as_json(),
             "chosen": list(scored.chosen),
             "chosen_on": scored.chosen_on,
         },

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from magneto_dist.batch import LEFT_OUT, Batch, Reject
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
+from magneto_dist.data.parallel import progress_bar
 from magneto_dist.data.randomness import seed_for
 from magneto_dist.data.shards import Dataset
+from magneto_dist.decision import Decision
 from magneto_dist.errors import InputError
 from magneto_dist.evaluation import collecting_rejects
 from magneto_dist.scoring import calibration
 from magneto_dist.scoring.baselines import Baseline, baselines, count_training_tags
-from magneto_dist.scoring.decision import Decision
 from magneto_dist.scoring.sums import Scores, ScoreSums
 from magneto_dist.scoring.thresholds import grid
 from magneto_dist.trained_run import TrainedRun
@@ -145,13 +145,12 @@ def score_split(
     naive = _baselines(run, session, dataset) if options.baselines else {}
     loader, size = _loader(run, session, dataset, options)
     rejects: list[Reject] = []
-    batches = tqdm(
+    batches = progress_bar(
+        loader.steps_per_epoch,
+        options.split,
         collecting_rejects(loader.batches(1, loader.steps_per_epoch), rejects),
-        desc=options.split,
-        total=loader.steps_per_epoch,
         unit="batch",
-        dynamic_ncols=True,
-        disable=not session.is_main,
+        shown=session.is_main,
     )
     started_at_s = time.perf_counter()
     sums = _scores(run, session, batches, options, naive)

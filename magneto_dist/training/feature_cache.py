@@ -37,6 +37,7 @@ from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError, PreemptedError
 from magneto_dist.model.backbone import Backbone
 from magneto_dist.model.image_stream import region_features
+from magneto_dist.precision import HALF_DTYPES
 from magneto_dist.training.feature_key import cache_folder, ingredients, require_same
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.session import Session
@@ -45,7 +46,6 @@ from magneto_dist.world import World
 _BATCH = 64
 """Pictures at once: part of what a feature's last bits depend on, so the same everywhere."""
 _CHUNK_BATCHES = 8
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _views(
     folder: Path,
 ) -> list[_View]:
     """The files of all views of both splits."""
-    dtype = _DTYPES[config.data.feature_dtype]
+    dtype = HALF_DTYPES[config.data.feature_dtype]
     shape = _feature_shape(backbone, config.augment.image_size)
     views = []
     for split, count in (("train", config.data.feature_views), ("validation", 1)):
@@ -306,9 +306,9 @@ class _Network:
     """Pixels -> features as they are kept, in the precision of training, on its device."""
 
     def __init__(self, config: Config, backbone: Backbone, device: torch.device) -> None:
-        self._dtype, self._device = _DTYPES[config.data.feature_dtype], device
+        self._dtype, self._device = HALF_DTYPES[config.data.feature_dtype], device
         self._stages = backbone
-        precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.train.precision)
+        precision = HALF_DTYPES.get(config.train.precision)
         self._autocast = torch.autocast(device.type, precision, enabled=precision is not None)
 
     @cached_property

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magneto_dist.config import AugmentConfig, Config, DataConfig, TagsConfig, TrainConfig
-from magneto_dist.data.indexing import index_tars, split_dataset
+from magneto_dist.data.indexing import index_tars
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.sample import AnnotationFields
 from magneto_dist.data.shards import Dataset
+from magneto_dist.data.splitting import split_dataset
 from magneto_dist.data.storage import Storage
 from magneto_dist.data.stream import Record, SampleReader, load_rows
 from magneto_dist.data.tar_scan import ScannedTar, TarScan

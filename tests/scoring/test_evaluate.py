@@ -228,6 +228,22 @@ def test_prediction_uses_what_evaluation_has_chosen(
         assert after["alpha"] == before["alpha"]
 
 
+def test_a_decision_for_another_checkpoint_is_warned_of_once(
+    run_dir: Path, demo_shards: Path, tmp_path: Path
+) -> None:
+    chosen = tmp_path / "größe.json"
+    decision = {"threshold": 0.4, "temperature": None, "checkpoint_sha256": "another"}
+    chosen.write_text(json.dumps({"decision": decision}))
+    given = ("--threshold", str(chosen))
+    scores, printed = evaluate(
+        run_dir, tmp_path, *given, "--resamples", "0", "--baselines", "false", ranks=2
+    )
+    assert (scores["threshold"], printed.count("another checkpoint")) == (0.4, 1)
+    printed = run("predict.py", "--run", str(run_dir), "--input", str(demo_shards), *given,
+                  "--out", str(tmp_path / "tags.jsonl"), "--num_workers", "0", ranks=2)  # fmt: skip
+    assert printed.count("another checkpoint") == 1
+
+
 def test_what_cannot_be_scored_is_refused_in_one_line(
     run_dir: Path, demo_shards: Path, tmp_path: Path
 ) -> None:

@@ -10,31 +10,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from magneto_dist.decision import Decision, decision_of
 from magneto_dist.errors import InputError
-from magneto_dist.scoring.decision import Decision, decision_of
 
-CHECKPOINT = "ab12"
+CHECKPOINT, DEFAULT = "ab12", Decision(0.5)
 
 
-def write(path: Path, decision: dict) -> str:
-    path.write_text(json.dumps({"decision": decision}))
+def write(path: Path, decision: Decision, checkpoint: str) -> str:
+    content = {"checkpoint_sha256": checkpoint, **decision.as_json()}
+    path.write_text(json.dumps({"decision": content}))
     return str(path)
 
 
 def test_what_was_written_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for decision in (Decision(0.37), Decision(0.6, 1.7)):
-        path = write(tmp_path / "größe.json", decision.as_json(CHECKPOINT))
-        assert decision_of(path, 0.5, CHECKPOINT) == decision
-    assert decision_of(None, 0.5, CHECKPOINT) == Decision(0.5)
-    assert decision_of(0.25, 0.5, CHECKPOINT) == Decision(0.25)
+        path = write(tmp_path / "größe.json", decision, CHECKPOINT)
+        assert decision_of(path, DEFAULT, CHECKPOINT) == decision
+    assert decision_of(None, DEFAULT, CHECKPOINT) == DEFAULT
+    assert decision_of(0.25, DEFAULT, CHECKPOINT) == Decision(0.25)
     assert capsys.readouterr().err == ""
 
 
 def test_that_of_another_checkpoint_comes_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(tmp_path / "d.json", Decision(0.37).as_json("another"))
-    assert decision_of(path, 0.5, CHECKPOINT) == Decision(0.37)
+    path = write(tmp_path / "d.json", Decision(0.37), "another")
+    assert decision_of(path, DEFAULT, CHECKPOINT) == Decision(0.37)
     assert "another checkpoint" in capsys.readouterr().err
 
 
@@ -77,12 +78,12 @@ def test_files_that_hold_none_are_refused(tmp_path: Path, content: str, says: st
     path = tmp_path / "d.json"
     path.write_text(content)
     with pytest.raises(InputError, match=says):
-        decision_of(str(path), 0.5, CHECKPOINT)
+        decision_of(str(path), DEFAULT, CHECKPOINT)
 
 
 def test_absent_files_and_impossible_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"No such file.*evaluate\.py wrote"):
-        decision_of(str(tmp_path / "absent.json"), 0.5, CHECKPOINT)
+        decision_of(str(tmp_path / "absent.json"), DEFAULT, CHECKPOINT)
     for number in (-0.1, 1.1):
         with pytest.raises(InputError, match="between 0 and 1"):
-            decision_of(number, 0.5, CHECKPOINT)
+            decision_of(number, DEFAULT, CHECKPOINT)
