@@ -113,8 +113,8 @@ def _too_many_bytes(ours: int, others: _Others, max_gb: float) -> int:
     max_bytes = int(max_gb * 1e9)
     if ours + others.used_bytes > max_bytes:
         raise InputError(
-            f"cached features of {ours / 1e9:.3g} GB (--data.feature_views), beside"
-            f" {others.used_bytes / 1e9:.3g} GB that other runs use, are more than"
+            f"cached features of {_gb(ours)} (--data.feature_views), beside"
+            f" {_gb(others.used_bytes)} that other runs use, are more than"
             f" --data.feature_cache_gb {max_gb:g}: raise that, or take fewer views"
         )
     return ours + others.used_bytes + others.idle_bytes - max_bytes
@@ -129,7 +129,7 @@ def _bytes_short(folder: Path, num_bytes: int, others: _Others) -> int:
 
 
 def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e9:.3g} GB"
 
 
 def _lock_of(folder: Path) -> Path:
