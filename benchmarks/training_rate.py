@@ -55,7 +55,7 @@ PAPER, LIVE, CACHED = "the paper's way", "this system", "cached features"
 TIMES = "times the paper's way"
 CACHED_EPOCHS = 4  # one would be over in a second
 RANKS = 2
-_LOOK_S = 0.005
+_LOOK_S = 0.02  # looking takes time of the cores
 
 Cost = dict[str, float]
 """Of an image: `clock_s`, and `core_s` of the training processes."""
