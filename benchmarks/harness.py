@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -203,7 +204,7 @@ def _command() -> str:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     start = ["torchrun", f"--nproc_per_node={ranks}", "--"] if ranks > 1 else ["python"]
     options = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return " ".join([*start, f"benchmarks/{Path(sys.argv[0]).name}", *options])
+    return shlex.join([*start, f"benchmarks/{Path(sys.argv[0]).name}", *options])
 
 
 def _cpu() -> str:
