@@ -165,7 +165,8 @@ def train_step(
         job.whereabouts.at("training")
         batch = replace(batch, all_valid=all_valid).to(session.device)
         # Dropout belongs to its place in the run, so that a resumed run draws what it would have.
-        torch.manual_seed(seed_for(config.seed, batch.step, batch.micro_step, session.world.rank))
+        rank = session.world.rank
+        _seed_dropout(seed_for(config.seed, batch.step, batch.micro_step, rank), session.device)
         with session.micro_step(job.model, is_last=batch.micro_step == job.plan.micro_steps - 1):
             prediction = job.model(**batch.inputs())
             part = ets_loss(prediction, batch, normaliser, config.loss).total
@@ -179,6 +180,14 @@ def train_step(
     if not stepped.skipped:
         job.average.update()
     return StepResult(loss, sums, stepped.gradient_norm, stepped.skipped)
+
+
+def _seed_dropout(seed: int, device: torch.device) -> None:
+    if device.type == "cpu":
+        # The same draws; `manual_seed` would note a stack trace for GPUs that are not there.
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def settle_batch_norms(session: Session, model: nn.Module, *, skipped: bool) -> None:
