@@ -448,10 +448,23 @@ class LogConfig:
     """Write RUN_DIR/tensorboard."""
     pictures: int = 16
     """Validation pictures shown in TensorBoard; 0: none."""
+    profile_steps: int = 0
+    """Training steps that torch.profiler records on the main process, into RUN_DIR/profile, as a
+    trace to open in ui.perfetto.dev; they take longer than others. 0: none."""
+    profile_after_steps: int = 10
+    """Steps of this launch, resumed or not, before the first one that is recorded; the last of them
+    warms the profiler up."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1")
         _require(self.pictures >= 0, "log.pictures", self.pictures, "at least 0")
+        _require(self.profile_steps >= 0, "log.profile_steps", self.profile_steps, "at least 0")
+        _require(
+            self.profile_after_steps >= 1,
+            "log.profile_after_steps",
+            self.profile_after_steps,
+            "at least 1",
+        )
 
 
 @dataclass(frozen=True)
