@@ -127,7 +127,9 @@ class BareSession(Session):
         """Without a scaler."""
         loss.backward()
 
-    def step(self, model: object, optimizer: torch.optim.Optimizer) -> OptimizerStep:
+    def step(
+        self, model: object, optimizer: torch.optim.Optimizer, *, measures_norm: bool = False
+    ) -> OptimizerStep:
         """Moves the weights and gives the gradients' memory back."""
         optimizer.step()
         optimizer.zero_grad()

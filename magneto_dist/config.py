@@ -316,6 +316,12 @@ class LogConfig:
     """Write RUN_DIR/tensorboard."""
     pictures: int = 16
     """Validation pictures shown in TensorBoard; 0: none."""
+    profile_steps: int = 0
+    """Training steps that torch.profiler records on the main process, into RUN_DIR/profile, as a
+    trace to open in ui.perfetto.dev; they take longer than others. 0: none."""
+    profile_after_steps: int = 10
+    """Steps of this launch, resumed or not, before the first one that is recorded; the last of them
+    warms the profiler up."""
 
     def __post_init__(self) -> None:
         config_checks.check_log(self)

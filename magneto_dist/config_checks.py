@@ -210,6 +210,9 @@ def check_log(log: LogConfig) -> None:
     """See `LogConfig`."""
     _require(log.every_steps >= 1, "log.every_steps", log.every_steps, "at least 1")
     _require(log.pictures >= 0, "log.pictures", log.pictures, "at least 0")
+    _require(log.profile_steps >= 0, "log.profile_steps", log.profile_steps, "at least 0")
+    after = log.profile_after_steps
+    _require(after >= 1, "log.profile_after_steps", after, "at least 1")
 
 
 def check_config(config: Config) -> None:

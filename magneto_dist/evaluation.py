@@ -1,15 +1,17 @@
-"""Metrics and loss of a whole split, each item once, the same on every rank."""
+"""Metrics, loss and curves of a whole split, each item once, the same on every rank."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from magneto_dist.batch import Batch, Prediction, Reject
+from magneto_dist.binning import Curves, binned_curves, binned_sums
 from magneto_dist.config import Config, LossConfig
 from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.metrics import Sums, add_sums, metric_sums, reduce_sums, summarise
@@ -28,6 +30,16 @@ class Example:
     alpha: Float[Tensor, " tag"] | None
 
 
+class Evaluated(NamedTuple):
+    """A split that was scored: metrics and curves are the same on every rank."""
+
+    metrics: dict
+    """As `summarise` gives them, with "loss", normalised over the whole split."""
+    curves: Curves
+    examples: list[Example]
+    """Of this rank's first items."""
+
+
 def evaluate_model(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -37,7 +49,7 @@ def evaluate_model(
     config: Config,
     num_tags: int,
     num_examples: int = 0,
-) -> tuple[dict, list[Example]]:
+) -> Evaluated:
     """`evaluate` for a model that may be in training: it comes back in the mode it was in.
 
     Args:
@@ -79,7 +91,7 @@ def evaluate(
     threshold: float,
     num_tags: int,
     num_examples: int = 0,
-) -> tuple[dict, list[Example]]:
+) -> Evaluated:
     """Scores every valid row of `batches` once.
 
     Args:
@@ -90,20 +102,18 @@ def evaluate(
         threshold: probability from which a tag is predicted.
         num_tags: size of the vocabulary.
         num_examples: items to show, of this rank's first ones.
-
-    Returns:
-        `summarise`'s metrics with "loss" (normalised over the whole split), and the examples.
     """
     sums: Sums = {}
     examples: list[Example] = []
     for batch in batches:
         prediction = predict(batch)
         batch_sums = metric_sums(prediction, batch, threshold, num_tags)
-        sums = add_sums(sums, batch_sums | loss_sums(prediction, batch, loss_config))
+        batch_sums |= loss_sums(prediction, batch, loss_config) | binned_sums(prediction, batch)
+        sums = add_sums(sums, batch_sums)
         if len(examples) < num_examples:
             examples += _examples(prediction, batch)[: num_examples - len(examples)]
     sums = reduce_sums(sums, reduce)
-    return {"loss": loss_of(sums), **summarise(sums)}, examples
+    return Evaluated({"loss": loss_of(sums), **summarise(sums)}, binned_curves(sums), examples)
 
 
 def collecting_rejects(batches: Iterable[Batch], rejects: list[Reject]) -> Iterator[Batch]:

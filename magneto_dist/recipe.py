@@ -31,6 +31,7 @@ from magneto_dist.errors import PreemptedError
 from magneto_dist.evaluation import collecting_rejects, evaluate_model
 from magneto_dist.parts import derive_plan, initial_model, open_data, prepare
 from magneto_dist.report import examples_figure, final_table
+from magneto_dist.training.board import write_hparams
 from magneto_dist.training.checkpoint import (
     AVERAGED_WEIGHTS,
     Progress,
@@ -142,7 +143,7 @@ def _train_in_folder(
             if run.has_summary_of(start.step):
                 run.write_status("done", start.step)
             else:  # killed just before it was written
-                _finish(run, start, session, loader)
+                _finish(run, start, config, session, loader)
             print(f"{config.output_dir} is finished: {start.step} of {total_steps} steps are done")
         return
     session.from_main(lambda: _begin(run, start, config, dataset))
@@ -218,7 +219,7 @@ def _train_in_folder(
         )
         end = train(job, start)
     if run is not None:
-        _finish(run, end, session, loader)
+        _finish(run, end, config, session, loader)
 
 
 def _total_steps(config: Config, loader: Loader) -> int:
@@ -261,7 +262,7 @@ class _Evaluation:
         self.telemetry.whereabouts.at("evaluation")
         batches = self.telemetry.whereabouts.at_each("evaluation", batches)
         with self.telemetry.paused():
-            metrics, examples = evaluate_model(
+            metrics, curves, examples = evaluate_model(
                 self.model,
                 batches,
                 device=self.session.device,
@@ -270,10 +271,10 @@ class _Evaluation:
                 num_tags=len(self.dataset.vocabulary),
                 num_examples=config.log.pictures if self.telemetry.shows_pictures else 0,
             )
-            self.telemetry.evaluation_done(step, metrics, rejects)
+            self.telemetry.evaluation_done(step, metrics, curves, rejects)
             if examples:
                 figure = examples_figure(examples, self.dataset.vocabulary, config.train.threshold)
-                self.telemetry.show(step, figure, [e.alpha for e in examples])
+                self.telemetry.show(step, figure)
         return metrics
 
 
@@ -289,7 +290,11 @@ def _failure_writer(run: RunFolder | None) -> Callable[[str], None]:
     )
 
 
-def _finish(run: RunFolder, end: Progress, session: Session, loader: Loader) -> None:
+def _finish(
+    run: RunFolder, end: Progress, config: Config, session: Session, loader: Loader
+) -> None:
+    if config.log.tensorboard:
+        write_hparams(run.path / "tensorboard", config)
     summary = _summary(end, session, loader)
     run.write_summary(summary)
     run.write_status("done", end.step)

@@ -66,9 +66,10 @@ def score(
     **options,
 ) -> tuple[dict, list[Example]]:
     options = {"reduce": lambda packed: packed, "num_tags": len(VOCABULARY), **options}
-    return evaluate_model(
+    metrics, _, examples = evaluate_model(
         model, of_rank, device=CPU, config=config, num_examples=num_examples, **options
     )
+    return metrics, examples
 
 
 def assert_equal(got: dict, expected: dict) -> None:

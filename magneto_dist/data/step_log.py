@@ -64,6 +64,12 @@ class StepLog:
         with _named(self.path):
             self._truncate(lambda file, size: _end_of_step(file, size, (step, evaluated)))
 
+    def entries_from(self, step: int) -> list[dict[str, Any]]:
+        """The entries of a global step and all later ones; every line is whole."""
+        with self.path.open("rb") as file:
+            _end_of_step(file, file.seek(0, os.SEEK_END), (step - 1, True))
+            return [json.loads(line) for line in file]
+
     def close(self) -> None:
         """Ends writing."""
         self._file.close()
@@ -107,7 +113,8 @@ def _end_of_last_line(file: IO[bytes], size: int, block_bytes: int = 1 << 16) ->
 
 
 def _end_of_step(file: IO[bytes], size: int, last: tuple[float, bool]) -> int:
-    """Where the first entry after `last` begins; bisects, for a ledger may hold 1e9 lines."""
+    """Where the first entry after `last` begins, and the file is left; bisects, for a ledger may
+    hold 1e9 lines."""
     offset = bisect_right(range(size), last, key=lambda offset: _step_from(file, offset))
     _seek_line(file, offset)
     return file.tell()

@@ -19,8 +19,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from magneto_dist.batch import Batch
+from magneto_dist.binning import at_each, num_reached, real_tags
 from magneto_dist.scoring.average_precision import binned_average_precision
-from magneto_dist.scoring.thresholds import at_each, num_reached, real_tags
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from magneto_dist.batch import Batch, Prediction
+from magneto_dist.binning import at_each, num_reached, real_tags
 from magneto_dist.config import LossConfig
 from magneto_dist.evaluation import loss_of, loss_sums
 from magneto_dist.metrics import Sums, reduce_sums, summarise
@@ -25,15 +26,7 @@ from magneto_dist.scoring import bootstrap
 from magneto_dist.scoring.baselines import Baseline
 from magneto_dist.scoring.calibration import LogOdds, add_log_odds, borders
 from magneto_dist.scoring.concepts import Concepts, add_concept_counts
-from magneto_dist.scoring.thresholds import (
-    VALUES,
-    at_each,
-    best_threshold,
-    item_values,
-    num_reached,
-    rates,
-    real_tags,
-)
+from magneto_dist.scoring.thresholds import VALUES, best_threshold, item_values, rates
 
 _INTERVALS = ("precision", "strict_precision", "recall", "f1", "micro_f1", "average_precision")
 

@@ -12,10 +12,11 @@ every threshold is compared with every probability.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from magneto_dist.batch import Batch
+from magneto_dist.binning import at_each, num_reached, real_tags
 from magneto_dist.metrics import average_precisions
 
 VALUES = (
@@ -40,21 +41,6 @@ def grid(*more: float) -> Float64[Tensor, " threshold"]:
     steps = {round(k / 100, 2) for k in range(1, 100)}
     tails = {*_TAILS, *(round(1 - tail, 4) for tail in _TAILS)}
     return torch.tensor(sorted(steps | tails | set(more)), dtype=torch.float64)
-
-
-def num_reached(
-    probability: Float64[Tensor, "batch slot"], thresholds: Float64[Tensor, " threshold"]
-) -> Int64[Tensor, "batch slot"]:
-    """How many thresholds each probability is not below: a tag is predicted at the first so many.
-
-    NaN reaches none.
-    """
-    return torch.bucketize(probability.nan_to_num(nan=-1.0), thresholds, right=True)
-
-
-def at_each(counts: Float64[Tensor, "row reached"]) -> Float64[Tensor, "row threshold"]:
-    """From counts by `num_reached`: how many there are from each threshold on."""
-    return counts.flip(-1).cumsum(-1).flip(-1)[..., 1:]
 
 
 def item_values(
@@ -121,8 +107,3 @@ def best_threshold(
     f1 = rates(sums)["f1"]
     distance = (thresholds - 0.5).abs()
     return int(torch.where(f1 >= f1.max() - _EQUAL, distance, torch.inf).argmin())
-
-
-def real_tags(batch: Batch) -> Bool[Tensor, "batch slot"]:
-    """Slots that hold a tag of an item that counts."""
-    return batch.tag_mask & batch.sample_valid[:, None]

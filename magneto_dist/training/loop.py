@@ -175,7 +175,7 @@ def train_step(
         if log:
             new = metric_sums(prediction, batch, config.train.threshold)
             sums = {name: value + sums.get(name, 0) for name, value in new.items()}
-    stepped = session.step(job.model, job.optimizer)
+    stepped = session.step(job.model, job.optimizer, measures_norm=log)
     settle_batch_norms(session, job.model, skipped=stepped.skipped)
     if not stepped.skipped:
         job.average.update()

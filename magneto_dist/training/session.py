@@ -217,12 +217,21 @@ class Session:
         else:
             self._accelerator.backward(loss)
 
-    def step(self, model: nn.Module, optimizer: Any) -> OptimizerStep:
-        """Clips, moves the weights (unless fp16 gradients overflowed) and clears the gradients."""
+    def step(
+        self, model: nn.Module, optimizer: Any, *, measures_norm: bool = False
+    ) -> OptimizerStep:
+        """Clips, moves the weights (unless fp16 gradients overflowed) and clears the gradients.
+
+        The gradients' norm is known where they are clipped or, DeepSpeed excepted, asked for.
+        """
         norm = None
         if self._clip_norm > 0 and not self.is_deepspeed:
             norm = self._accelerator.clip_grad_norm_(model.parameters(), self._clip_norm)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        elif measures_norm and not self.is_deepspeed:
+            self._accelerator.unscale_gradients(optimizer)
+            gradients = [w.grad for w in model.parameters() if w.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         optimizer.step()
         optimizer.zero_grad()
         return OptimizerStep(norm, bool(optimizer.step_was_skipped))  # known on the CPU already

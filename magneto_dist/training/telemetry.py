@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from magneto_dist.batch import LEFT_OUT, Batch, Reject
+from magneto_dist.binning import Curves
 from magneto_dist.config import Config
 from magneto_dist.data.ledger import Ledger, Quarantine
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.step_log import StepLog, cut_back_all
 from magneto_dist.errors import InputError
 from magneto_dist.metrics import summarise
+from magneto_dist.training.board import Board
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.divergence import require_finite_loss
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.session import Session
+from magneto_dist.training.step_profile import StepProfile
 
 if TYPE_CHECKING:
     from magneto_dist.training.loop import StepResult
@@ -75,7 +76,7 @@ class Telemetry:
         self._ledger = None
         if config.data.ledger:
             self._ledger = self._open(Ledger(run_dir / "ledger" / file))
-        self._metrics = self._board = self._bar = None
+        self._metrics = self._board = self._profile = self._bar = None
         if session.is_main:
             self._open_main(run_dir, start)
         self._wait_s = self._stall_s = 0.0
@@ -83,10 +84,13 @@ class Telemetry:
         self._window = (start.trained_items, start.train_s, start.data_wait_s)
 
     def _open_main(self, run_dir: Path, start: Progress) -> None:
-        self._metrics = self._open(StepLog(run_dir / "metrics.jsonl"))
+        metrics = self._metrics = self._open(StepLog(run_dir / "metrics.jsonl"))
         if self._config.log.tensorboard:
-            folder = run_dir / "tensorboard"
-            self._board = self._open(SummaryWriter(str(folder), purge_step=start.step + 1))
+            lines = metrics.entries_from(start.step)
+            self._board = self._open(Board(run_dir / "tensorboard", start, lines))
+        if self._config.log.profile_steps:
+            folder, device = run_dir / "profile", self._session.device
+            self._profile = self._open(StepProfile(folder, self._config.log, start.step, device))
         self._bar = self._open(
             tqdm(total=self._total_steps, initial=start.step, unit="step", dynamic_ncols=True)
         )
@@ -104,9 +108,13 @@ class Telemetry:
     @contextmanager
     def waiting_for_data(self, step: int) -> Iterator[None]:
         """Counts the time inside as waiting for the data of `step`."""
+        if self._profile is not None:
+            with self.paused():
+                self._profile.begins(step)
         self.whereabouts.at("data", step)
         started_at_s = time.perf_counter()
-        yield
+        with nullcontext() if self._profile is None else self._profile.waiting():
+            yield
         self._wait_s += time.perf_counter() - started_at_s
         self.whereabouts.at("training")
 
@@ -151,6 +159,9 @@ class Telemetry:
             self._bar.update()
         if self.logs(progress.step):
             self._log_step(progress, result, lr)
+        if self._profile is not None:
+            with self.paused():
+                self._profile.ends(progress.step)
         return progress
 
     @property
@@ -158,8 +169,10 @@ class Telemetry:
         """Whether `show` has somewhere to show them."""
         return self._board is not None
 
-    def evaluation_done(self, step: int, metrics: dict, rejects: Sequence[Reject]) -> None:
-        """Records nested validation metrics, the same on all ranks, and this rank's bad samples.
+    def evaluation_done(
+        self, step: int, metrics: dict, curves: Curves, rejects: Sequence[Reject]
+    ) -> None:
+        """Records what all ranks found, nested metrics and curves, and this rank's bad samples.
 
         Raises:
             InputError: more bad samples than `data.max_bad_fraction` allows, or a loss that is not
@@ -170,15 +183,13 @@ class Telemetry:
         self._record_rejects("validation", rejects, epoch, step)
         if self._metrics is not None:
             self._write(step, "validation", flatten(metrics))
+        if self._board is not None:
+            self._board.curves(step, curves)
 
-    def show(self, step: int, figure: Any, alphas: Sequence[Tensor | None]) -> None:
-        """Puts validation pictures and the gate's values for their tags into TensorBoard."""
-        if self._board is None:
-            return
-        self._board.add_figure("validation/pictures", figure, step)
-        values = [alpha for alpha in alphas if alpha is not None and alpha.numel()]
-        if values:
-            self._board.add_histogram("validation/alpha", torch.cat(values), step)
+    def show(self, step: int, figure: Any) -> None:
+        """Puts validation pictures into TensorBoard."""
+        if self._board is not None:
+            self._board.pictures(step, figure)
 
     def flush(self) -> None:
         """Waits until everything written so far is on disk."""
@@ -245,8 +256,7 @@ class Telemetry:
         epoch = (step - 1) // self._steps_per_epoch
         self._metrics.append({"step": step, "epoch": epoch, "split": split, **values})
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{split}/{name}", value, step)
+            self._board.scalars(step, split, values)
 
     def _show(self, values: dict[str, float]) -> None:
         assert self._bar is not None

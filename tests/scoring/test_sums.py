@@ -84,7 +84,7 @@ def test_figures_at_every_threshold_are_those_of_plain_loops(items: list[Item], 
 @given(items_of(), st.sampled_from(list(MODELS)))
 def test_the_figures_of_training_are_the_same(items: list[Item], model: str) -> None:
     prediction, batch = tensors(items, model)
-    expected, _ = evaluate(
+    expected, *_ = evaluate(
         lambda _: prediction,
         [batch],
         reduce=lambda packed: packed,

@@ -1,4 +1,4 @@
-"""One optimizer step of one process: what an overflow of fp16 leaves as it was."""
+"""One optimizer step of one process: what an overflow of fp16 leaves, and the gradients' norm."""
 
 from __future__ import annotations
 
@@ -53,3 +53,32 @@ def test_an_overflow_moves_neither_weights_nor_statistics(scaled_session: Sessio
     skipped, after = step(1.0)
     assert not skipped
     assert not any(after[name].equal(before[name]) for name in before if name != "0.bias")
+
+
+def test_the_norm_is_that_of_unscaled_gradients_and_moves_nothing(
+    scaled_session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, steps = scaled_session, []
+    for measures in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        model[0].bias.requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        plan = BatchPlan(global_batch_size=2, num_ranks=1, micro_batch_size=2, micro_steps=1)
+        before = [weight.detach().clone() for weight in model.parameters()]
+        model, optimizer = session.prepare(model, optimizer, plan)
+        # As on a GPU: accelerate unscales where it believes that it has scaled.
+        monkeypatch.setattr(session._accelerator, "native_amp", True)
+        monkeypatch.setattr(session._accelerator.state, "_mixed_precision", "fp16")
+        with session.micro_step(model, is_last=True):
+            session.backward(model(torch.ones(2, 3)).square().sum())
+        stepped = session.step(model, optimizer, measures_norm=measures)
+        monkeypatch.undo()
+        moved = zip(before, model.parameters(), strict=True)
+        squares = [((old - new) / 0.1).square().sum().item() for old, new in moved]
+        steps.append((stepped.gradient_norm, squares))
+    (none, expected), (norm, squares) = steps
+    assert none is None
+    assert squares == expected
+    assert norm is not None
+    assert norm.item() == pytest.approx(sum(squares) ** 0.5, rel=1e-5)

@@ -15,8 +15,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from magneto_dist.batch import Batch
+from magneto_dist.binning import binned_sums
 from magneto_dist.config import Config
 from magneto_dist.config_io import load_config
+from magneto_dist.metrics import metric_sums
 from magneto_dist.training.loop import Counts, train_step
 from magneto_dist.training.optim import build_optimizer
 from processes import REPOSITORY
@@ -72,15 +74,31 @@ def step_on(device: torch.device, config: Config, watch, items: int = 8) -> None
         train_step(job, micro_batches, counts, log=True)
 
 
+@pytest.fixture
+def without_autocast(monkeypatch):
+    """Which the model and the loss turn off, and which does not know "meta" at all."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+
+
 @pytest.mark.parametrize("name", ["demo.yaml", "ls.yaml", "nuswide.yaml"])
 @pytest.mark.parametrize("items", [8, 7])  # the model is not told which rows are valid, or it is
-def test_a_step_reads_nothing_back(name, items, monkeypatch):
-    # Autocast, which the model and the loss turn off, does not know the device at all.
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
+def test_a_step_reads_nothing_back(name, items, without_autocast):
     copies = _Copies()
     step_on(torch.device("meta"), tiny(name), copies, items)
     assert copies.blocking == []
+
+
+def test_what_is_summed_over_a_split_is_not_read_back_batch_by_batch(without_autocast):
+    config, device = tiny("demo.yaml"), torch.device("meta")
+    model = model_of(config, NUM_TAGS).to(device).eval()
+    batch = noise(config, NUM_TAGS)[1][0].to(device)
+    copies = _Copies()
+    with copies, torch.no_grad():
+        prediction = model(**batch.inputs())
+        sums = metric_sums(prediction, batch, 0.5, NUM_TAGS) | binned_sums(prediction, batch)
+    assert copies.blocking == []
+    assert {value.dtype for value in sums.values()} == {torch.float64}
 
 
 def test_what_is_read_back_is_noticed():
