@@ -89,13 +89,8 @@ def predict(config: Config, num_tags: int, *, as_gpu: bool = True) -> StepMemory
             place = torch.device("cpu")
             _become_fakes(model, place)
             optimizer = build_optimizer(model, config.optim)
-
-            def forward(**inputs: Tensor | None) -> object:
-                tracker.reset_mod_stats()  # it takes a second forward pass for a mistake
-                with autocast("cpu", config.train.precision):
-                    return model(**inputs)
-
-            job = training_job(config, BareSession(place, model), forward, optimizer)
+            wrapped = _Wrapped(tracker, model, config.train.precision)
+            job = training_job(config, BareSession(place, model), wrapped, optimizer)
             take_steps(job, batches)
         return _sort(tracker, place, model, batches[0][0])
 
@@ -144,6 +139,19 @@ class _Tracker(MemTracker):
                 nothing = (RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict()))
                 self._param_to_grad_hook_handles.setdefault(weight, nothing)
         return super()._track_module_params_and_buffers(module, install_grad_hooks)
+
+
+class _Wrapped:
+    """The model under autocast, as `train_step` takes it; a module would be tracked, too."""
+
+    def __init__(self, tracker: _Tracker, model: nn.Module, precision: str) -> None:
+        self._tracker, self._model, self._precision = tracker, model, precision
+        self.modules = model.modules
+
+    def __call__(self, **inputs: Tensor | None) -> object:
+        self._tracker.reset_mod_stats()  # it takes a second forward pass for a mistake
+        with autocast("cpu", self._precision):
+            return self._model(**inputs)
 
 
 class _Folded(FoldedStages):
