@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+from browser import chromium, look_at, missing
 from magneto_dist.config import Config
 from magneto_dist.gallery import gallery
 from magneto_dist.inference import ItemPrediction, attention_kept
 from magneto_dist.model.magneto import build_model
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), "chromedriver"
 
 
 def picture(width: int, height: int, format: str = "JPEG") -> bytes:
@@ -142,18 +141,10 @@ def test_models_of_tags_alone_have_no_attention_over_regions():
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium without a window."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: the extra [test]")
-    driver = shutil.which(DRIVER)
-    if CHROMIUM is None or driver is None:
-        pytest.skip(f"needs chromium and {DRIVER} on the PATH")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield started
-    started.quit()
+    if reason := missing():
+        pytest.skip(reason)
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture
@@ -173,13 +164,6 @@ def opened(browser: Any, tmp_path: Path) -> Any:
     ]
     assert {url.split(":")[0] for url in asked_for} <= {"file", "data"}
     assert browser.execute_script("return window.hacked") is None
-
-
-def look_at(browser: Any, width: int, scheme: str) -> None:
-    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
 
 def press(browser: Any, *keys: str) -> None:

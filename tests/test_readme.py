@@ -10,8 +10,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from processes import TINY
-from warm import PATIENCE_S, REPOSITORY, free_port
+from tensorboard_pages import served
+from warm import PATIENCE_S, REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PROGRAMS = ("python", "accelerate", "torchrun", "tensorboard", "bash", "pip", "sbatch")
@@ -105,7 +104,7 @@ VARIANTS = {
     "accelerate launch launchers/train_ls.py": Variant(
         (*SHORT, "--log.tensorboard=true"), leaves=("runs/demo/summary.json",)
     ),
-    "tensorboard --logdir runs": Variant(),  # see `_look_at`
+    "tensorboard --logdir runs": Variant(),  # see `served`
     "python -m magneto_dist.doctor": Variant(("--timeout_s=300",)),
     "python -m pip install -e '.[test]'": Variant(
         ("--dry-run", "--no-deps", "--no-build-isolation")
@@ -170,8 +169,8 @@ def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
         variant = VARIANTS[command]
         variant.before(tmp_path)
         if command.startswith("tensorboard"):
-            _look_at(command, tmp_path)
-            continue
+            with served(shlex.split(command), tmp_path):  # until it shows a run
+                continue
         ended = subprocess.run(
             ["bash", "-c", shlex.join([*shlex.split(command), *variant.more])],
             cwd=tmp_path,
@@ -184,31 +183,6 @@ def test_the_readme_from_top_to_bottom(tmp_path: Path) -> None:
         assert ended.returncode == 0, f"{command}\n{ended.stdout}"
         for name in variant.leaves:
             assert (tmp_path / name).exists(), f"{command} left no {name}\n{ended.stdout}"
-
-
-def _look_at(command: str, folder: Path) -> None:
-    """TensorBoard serves the runs, until it is told to end."""
-    port = free_port()
-    server = subprocess.Popen(
-        [*shlex.split(command), "--port", str(port)],
-        cwd=folder,
-        env=_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(300):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs") as answer:
-                    if json.load(answer):  # at first it has read nothing
-                        return
-            except OSError:
-                assert server.poll() is None
-            time.sleep(0.2)
-        raise AssertionError(f"{command} shows no run")
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def _environment() -> dict[str, str]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -44,6 +45,7 @@ _COMPARED_METRICS = (
     *(f"validation/{head}/paper/f1" for head in ("final", "image", "tag")),
     "validation/loss",
 )
+_SHOWN_FIRST = {"model.kind", "optim.lr", "seed", "train.epochs", "train.global_batch_size"}
 _HPARAMS = ".hparams"  # how the name of their file ends
 
 
@@ -126,11 +128,22 @@ def write_hparams(folder: Path, config: Config) -> None:
     earlier = list(folder.glob(f"*{_HPARAMS}"))
     writer = SummaryWriter(str(folder), filename_suffix=_HPARAMS)
     # Metrics are names of scalars that are there; `SummaryWriter.add_hparams` would show copies.
-    for summary in hparams(compared_settings(config), dict.fromkeys(_COMPARED_METRICS)):
+    summaries = hparams(compared_settings(config), dict.fromkeys(_COMPARED_METRICS))
+    _show_first(summaries[0].value[0].metadata.plugin_data)
+    for summary in summaries:
         writer.file_writer.add_summary(summary)  # type: ignore[union-attr]
     writer.close()
     for path in earlier:
         path.unlink()
+
+
+def _show_first(experiment: Any) -> None:
+    """Of all settings TensorBoard shows five columns unasked, those first that are said to differ
+    from run to run; one run does not know which do."""
+    content = HParamsPluginData.FromString(experiment.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in _SHOWN_FIRST
+    experiment.content = content.SerializeToString()
 
 
 def compared_settings(config: Config) -> dict[str, float | str]:

@@ -32,6 +32,8 @@ def test_cutting_back_keeps_exactly_the_entries_up_to_a_step(
     log.cut_back(cut)
     kept = [entry for entry in entries if entry["step"] <= cut]
     assert read_entries(path)[0] == kept
+    assert log.entries_from(cut) == [entry for entry in kept if entry["step"] == cut]
+    assert log.entries_from(3) == [entry for entry in kept if entry["step"] >= 3]
     log.append({"step": 11})
     log.close()
     assert read_entries(path)[0] == [*kept, {"step": 11}]

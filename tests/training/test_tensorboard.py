@@ -206,6 +206,7 @@ def hparams(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
     kinds = {name: value.WhichOneof("kind") for name, value in start.hparams.items()}
     settings = {name: getattr(value, kinds[name]) for name, value in start.hparams.items()}
     assert {info.name for info in experiment.hparam_infos} == set(settings)
+    assert len([info for info in experiment.hparam_infos if info.differs]) == 5  # shown unasked
     return settings, [info.name.tag for info in experiment.metric_infos]
 
 
