@@ -203,8 +203,13 @@ def _command() -> str:
     """How this process was started, without the folders of this machine."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     start = ["torchrun", f"--nproc_per_node={ranks}", "--"] if ranks > 1 else ["python"]
-    options = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    options = [Path(word).name if _leads_out(word) else word for word in sys.argv[1:]]
     return shlex.join([*start, f"benchmarks/{Path(sys.argv[0]).name}", *options])
+
+
+def _leads_out(word: str) -> bool:
+    """Whether it is a path to what others do not have at that place."""
+    return Path(word).is_absolute() or ".." in Path(word).parts
 
 
 def _cpu() -> str:

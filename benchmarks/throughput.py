@@ -3,7 +3,7 @@
 python benchmarks/throughput.py                                   # configs/demo.yaml, demo data
 python benchmarks/throughput.py --config configs/ls.yaml --data DIR --out NAME
 python benchmarks/throughput.py --config configs/ls.yaml --data synthetic --num_tags 24056
-torchrun --nproc_per_node 2 -- benchmarks/throughput.py           # or accelerate launch
+torchrun --nproc_per_node 2 -- benchmarks/throughput.py           # GPUs: or accelerate launch
 python benchmarks/throughput.py --scaling 1,2,4,8                 # each world its own torchrun
 
 Every stage of training alone (read, decode, augment, copy to the device, forward and backward on

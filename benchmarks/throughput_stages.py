@@ -197,7 +197,7 @@ class Stages:
                 prediction = job.model(**batch.inputs())
                 self.session.backward(ets_loss(prediction, batch, counts, self.config.loss).total)
         job.optimizer.zero_grad()
-        reset_batch_norm_statistics(self.session.unwrap(job.model))
+        reset_batch_norm_statistics(job.model)
 
     def _optimizer(self, num_steps: int) -> Taken:
         """Clipping, weights and momentum, statistics, average; on gradients of zero."""

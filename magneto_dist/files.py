@@ -56,7 +56,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_space(folder: Path, num_bytes: int, purpose: str) -> None:
+def require_space(folder: Path, num_bytes: float, purpose: str) -> None:
     """Checks that a write will fit before it begins.
 
     Raises:

@@ -7,6 +7,7 @@ that dies is free.
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ class Kept(NamedTuple):
     path: Path
 
 
-def evict(kept: Iterable[Kept], num_bytes: int, remove: Callable[[Path], object]) -> list[Kept]:
+def evict(kept: Iterable[Kept], num_bytes: float, remove: Callable[[Path], object]) -> list[Kept]:
     """Removes those unused for longest, until `num_bytes` or all are gone; returns them."""
     removed: list[Kept] = []
     for each in sorted(kept):
@@ -33,10 +34,18 @@ def evict(kept: Iterable[Kept], num_bytes: int, remove: Callable[[Path], object]
     return removed
 
 
+def open_lock(path: Path) -> int:
+    """A descriptor of a lock file, which it makes if absent; another user's will do for reading."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 @contextmanager
 def locked(path: Path, *, waits: bool = True) -> Iterator[bool]:
     """Takes the lock file `path`, or says that it is taken."""
-    with path.open("ab") as file:
+    with open(open_lock(path), "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import localtime, strftime
 
-from magneto_dist.data.cache_room import Kept, evict, locked
+from magneto_dist.data.cache_room import Kept, evict, locked, open_lock
 from magneto_dist.errors import InputError
 from magneto_dist.files import require_space
 
 _KEY = re.compile(r"[0-9a-f]{16}")  # whatever else people keep there is not ours to remove
+_REMOVED = ".removed"
 
 
 class InUse:
@@ -35,8 +36,7 @@ class InUse:
 
     def __init__(self, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self._descriptor = os.open(_lock_of(folder), flags, 0o666)
+        self._descriptor = open_lock(_lock_of(folder))
         fcntl.flock(self._descriptor, fcntl.LOCK_SH)  # waits for one who is just removing it
         folder.mkdir(exist_ok=True)
         os.utime(folder)
@@ -60,12 +60,14 @@ def room_for(folder: Path, num_bytes: int, max_gb: float) -> Iterator[None]:
     """
     with ExitStack() as held:
         held.enter_context(locked(folder.parent / ".lock"))
+        for half_removed in folder.parent.glob(f".*{_REMOVED}"):
+            shutil.rmtree(half_removed)
         others = _others(folder, held)
         ours = _num_bytes(folder) + num_bytes
         lacking = max(
             _too_many_bytes(ours, others, max_gb), _bytes_short(folder, num_bytes, others)
         )
-        removed = evict(others.idle, lacking, shutil.rmtree)
+        removed = evict(others.idle, lacking, _remove)
         for each in (each for each in removed if each.num_bytes):
             day = strftime("%Y-%m-%d", localtime(each.used_at_s))
             print(f"removed cached features: {each.path}, {_gb(each.num_bytes)}, last used {day}")
@@ -82,9 +84,9 @@ class _Others:
     """What lies beside the folder of a run."""
 
     idle: list[Kept]
-    """Folders that no run uses."""
+    """Folders that no run uses, and that this user may remove."""
     used_bytes: int
-    """What those that runs use have taken, and will take."""
+    """What the others have taken, and will take."""
     promised_bytes: int
     """Of these, what they have not taken yet."""
 
@@ -99,7 +101,7 @@ def _others(folder: Path, held: ExitStack) -> _Others:
     for path in _folders(folder.parent):
         if path == folder:
             continue
-        if held.enter_context(locked(_lock_of(path), waits=False)):
+        if os.access(path, os.W_OK) and held.enter_context(locked(_lock_of(path), waits=False)):
             idle.append(Kept(path.stat().st_mtime, _num_bytes(path), path))
         else:
             promised = _promised_bytes(path)
@@ -108,9 +110,9 @@ def _others(folder: Path, held: ExitStack) -> _Others:
     return _Others(idle, used_bytes, promised_bytes)
 
 
-def _too_many_bytes(ours: int, others: _Others, max_gb: float) -> int:
+def _too_many_bytes(ours: int, others: _Others, max_gb: float) -> float:
     """By which all together are above the bound; InputError if still so without what is idle."""
-    max_bytes = int(max_gb * 1e9)
+    max_bytes = max_gb * 1e9
     if ours + others.used_bytes > max_bytes:
         raise InputError(
             f"cached features of {_gb(ours)} (--data.feature_views), beside"
@@ -126,6 +128,13 @@ def _bytes_short(folder: Path, num_bytes: int, others: _Others) -> int:
     purpose = "cached features (--data.feature_views, --data.cache_dir; what no run uses would go)"
     require_space(folder, needed - others.idle_bytes, purpose)
     return needed - shutil.disk_usage(folder).free
+
+
+def _remove(folder: Path) -> None:
+    """At once for all who look for it: half of it, after a kill, would pass for features."""
+    doomed = folder.with_name(f".{folder.name}{_REMOVED}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _gb(num_bytes: int) -> str:

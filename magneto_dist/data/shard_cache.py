@@ -81,7 +81,7 @@ class ShardCache:
         there = {path.name for path in folder.iterdir()}
         missing = sum(size for name, size in num_bytes.items() if name not in there)
         held = sum(file.num_bytes for file in self._files())
-        growth = min(held + missing, int(self.max_gb * 1e9)) - held
+        growth = min(held + missing, self.max_gb * 1e9) - held
         purpose = f"the cache of shards (--data.cache_dir; at most --data.cache_gb {self.max_gb:g})"
         require_space(self.folder, growth, purpose)
 
@@ -113,7 +113,7 @@ class ShardCache:
         self._make_room(0, shard.name)
 
     def _make_room(self, num_bytes: int, name: str) -> None:
-        max_bytes = int(self.max_gb * 1e9)
+        max_bytes = self.max_gb * 1e9
         if num_bytes > max_bytes:
             raise InputError(
                 f"shard {name} of {num_bytes / 1e9:.3g} GB does not fit into the cache of"

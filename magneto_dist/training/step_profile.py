@@ -2,7 +2,7 @@
 
 1. `begins` is told of each step. The one before the first is the profiler's warm-up.
 2. `ends` is told that a step is done; after the last one the trace is written, complete or not at
-   all, and the profiler is gone.
+   all, and the profiler is gone. So it is when an evaluation or a save comes between.
 """
 
 from __future__ import annotations
@@ -61,6 +61,17 @@ class StepProfile:
         self._last_done = step
         if step == self._first + self._num_steps - 1:
             self.close()
+
+    def interrupted(self) -> None:
+        """Before an evaluation or a save, which are no part of a step and may be as long as many.
+
+        What was recorded so far is written; where that is nothing, recording begins after it.
+        """
+        if self._profiler is None:
+            return
+        self.close()
+        if self._last_done < self._first:
+            self._first = self._last_done + 2
 
     def close(self) -> None:
         """Writes what was recorded so far, if anything was."""

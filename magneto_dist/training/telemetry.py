@@ -6,6 +6,7 @@ and reduced only at the steps that are logged.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -91,6 +92,13 @@ class Telemetry:
         if self._config.log.profile_steps:
             folder, device = run_dir / "profile", self._session.device
             self._profile = self._open(StepProfile(folder, self._config.log, start.step, device))
+            if start.step + self._config.log.profile_after_steps >= self._total_steps:
+                print(
+                    f"warning: no step is profiled: only {self._total_steps - start.step} are left,"
+                    f" and --log.profile_after_steps {self._config.log.profile_after_steps} of them"
+                    " come before: lower that",
+                    file=sys.stderr,
+                )
         self._bar = self._open(
             tqdm(total=self._total_steps, initial=start.step, unit="step", dynamic_ncols=True)
         )
@@ -109,7 +117,7 @@ class Telemetry:
     def waiting_for_data(self, step: int) -> Iterator[None]:
         """Counts the time inside as waiting for the data of `step`."""
         if self._profile is not None:
-            with self.paused():
+            with self._not_counted():
                 self._profile.begins(step)
         self.whereabouts.at("data", step)
         started_at_s = time.perf_counter()
@@ -121,6 +129,13 @@ class Telemetry:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time inside (evaluation, saving) is not training time."""
+        with self._not_counted():
+            if self._profile is not None:
+                self._profile.interrupted()
+            yield
+
+    @contextmanager
+    def _not_counted(self) -> Iterator[None]:
         started_at_s = time.perf_counter()
         yield
         self._mark_s += time.perf_counter() - started_at_s
@@ -160,7 +175,7 @@ class Telemetry:
         if self.logs(progress.step):
             self._log_step(progress, result, lr)
         if self._profile is not None:
-            with self.paused():
+            with self._not_counted():
                 self._profile.ends(progress.step)
         return progress
 

@@ -100,6 +100,27 @@ def test_what_a_run_has_yet_to_fill_is_not_given_twice(
     assert ask(root, 9, 1000) == ["1", "3"]
 
 
+def test_no_bound_is_a_bound_too(root: Path) -> None:
+    assert ask(root, 1, float("inf")) == ["1", "2", "3"]
+
+
+def test_a_removal_that_was_killed_leaves_nothing_that_looks_whole(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: Path) -> None:
+        next(folder.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(root, 1, 3.5)
+    assert [path.name[-1] for path in sorted(root.glob("0*"))] == ["2", "3"]
+    assert len([*root.glob(".*.removed")]) == 1
+    assert ask(root, 1, 3.5) == ["2", "3"]
+    assert not [*root.glob(".*.removed")]
+
+
 def test_what_is_not_ours_is_left_alone(root: Path) -> None:
     (root / "photographs").mkdir()
     (root / "photographs" / "a.jpg").write_bytes(b"x" * MB)

@@ -58,8 +58,23 @@ def test_only_the_main_process_records(demo_shards: Path, tmp_path: Path) -> Non
 
 
 def test_a_run_that_ends_before_has_no_trace(demo_shards: Path, tmp_path: Path) -> None:
-    run("train_ls.py", *options(demo_shards, tmp_path, "--log.profile_steps=2", "--max_steps=2"))
+    on = ["--log.profile_steps=2", "--max_steps=2"]
+    printed = run("train_ls.py", *options(demo_shards, tmp_path, *on))
+    assert "no step is profiled: only 2 are left, and --log.profile_after_steps 10" in printed
     assert not (tmp_path / "profile").exists()
+
+
+def test_what_comes_between_steps_is_not_recorded(demo_shards: Path, tmp_path: Path) -> None:
+    on = ["--log.profile_steps=3", "--log.profile_after_steps=1", "--max_steps=5"]
+    early, late = (
+        options(demo_shards, tmp_path / str(every), *on, f"--checkpoint.every_steps={every}")
+        for every in (1, 2)
+    )
+    run("train_ls.py", *late)
+    (trace,) = (tmp_path / "2" / "profile").iterdir()
+    assert trace.name == "steps-00000002-00000002.json.gz"
+    run("train_ls.py", *early)  # a save after every step, of which one is to warm up
+    assert not (tmp_path / "1" / "profile").exists()
 
 
 def test_a_trace_that_cannot_be_written_costs_a_line(demo_shards: Path, tmp_path: Path) -> None:
