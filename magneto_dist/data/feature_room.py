@@ -61,7 +61,7 @@ def room_for(folder: Path, num_bytes: int, max_gb: float) -> Iterator[None]:
     with ExitStack() as held:
         held.enter_context(locked(folder.parent / ".lock"))
         for half_removed in folder.parent.glob(f".*{_REMOVED}"):
-            shutil.rmtree(half_removed)
+            shutil.rmtree(half_removed, ignore_errors=True)  # another user's stays
         others = _others(folder, held)
         ours = _num_bytes(folder) + num_bytes
         lacking = max(
