@@ -75,6 +75,11 @@ class Batch:
     """Slots of a list before padding was trimmed (the paper's l), over which the published loss is
     averaged; None: as many as there are."""
 
+    @property
+    def real_tags(self) -> Bool[Tensor, "batch slot"]:
+        """Slots that hold a tag of a valid row."""
+        return self.tag_mask & self.sample_valid[:, None]
+
     def to(self, device: torch.device | str) -> Batch:
         """This batch with its tensors on `device`, copied without blocking from pinned memory."""
         return replace(

@@ -70,14 +70,9 @@ def at_each(counts: Float64[Tensor, "*rows reached"]) -> Float64[Tensor, "*rows 
     return counts.flip(-1).cumsum(-1).flip(-1)[..., 1:]
 
 
-def real_tags(batch: Batch) -> Bool[Tensor, "batch slot"]:
-    """Slots that hold a tag of an item that counts."""
-    return batch.tag_mask & batch.sample_valid[:, None]
-
-
 def binned_sums(prediction: Prediction, batch: Batch) -> dict[str, Float64[Tensor, "..."]]:
     """Counts of a batch, beside those of `metrics.metric_sums`; no device synchronisation."""
-    real = real_tags(batch)
+    real = batch.real_tags
     target = batch.target & real
     # Divided on the device: the same doubles everywhere, and no copy to wait for.
     places = torch.arange(NUM_BINS + 1, dtype=torch.float64, device=real.device)

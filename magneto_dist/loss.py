@@ -31,7 +31,7 @@ class LossParts(NamedTuple):
 
 def count_for_loss(batch: Batch) -> Float64[Tensor, " 2"]:
     """(valid items, real tags in them) of a micro-batch; to be summed over all of a step."""
-    return torch.stack([batch.sample_valid.sum(), _real_tags(batch).sum()]).double()
+    return torch.stack([batch.sample_valid.sum(), batch.real_tags.sum()]).double()
 
 
 def ets_loss(
@@ -49,7 +49,7 @@ def ets_loss(
         counts: `count_for_loss` summed over all micro-batches and ranks of the step.
         config: which losses, and what BCE is averaged over.
     """
-    real = _real_tags(batch)
+    real = batch.real_tags
     num_items, num_tags = counts.clamp(min=1)
     num_slots = batch.num_slots or real.shape[1]
     bce_divisor = num_items * num_slots if config.normalisation == "slots" else num_tags
@@ -116,10 +116,6 @@ def _dice_sum(
     overlap = torch.where(target, predicted, 0).sum(1)
     size = predicted.sum(1) + target.sum(1)
     return (1 - (2 * overlap + smoothing) / (size + smoothing)).sum()
-
-
-def _real_tags(batch: Batch) -> Bool[Tensor, "batch slot"]:
-    return batch.tag_mask & batch.sample_valid[:, None]
 
 
 def _without_padding(prediction: Prediction, real: Bool[Tensor, "batch slot"]) -> Prediction:

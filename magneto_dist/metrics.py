@@ -39,7 +39,7 @@ def metric_sums(
         threshold: probability from which a tag is predicted.
         num_tags: size of the vocabulary, for per-concept sums (macro F1); None: leave them out.
     """
-    real = batch.tag_mask & batch.sample_valid[:, None]
+    real = batch.real_tags
     is_item = batch.sample_valid & ((real.sum(1) + batch.tags_cut) > 0)
     sums: Sums = {
         "items": _sum(is_item),

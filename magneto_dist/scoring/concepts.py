@@ -19,7 +19,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from magneto_dist.batch import Batch
-from magneto_dist.binning import at_each, num_reached, real_tags
+from magneto_dist.binning import at_each, num_reached
 from magneto_dist.scoring.average_precision import binned_average_precision
 
 
@@ -107,7 +107,7 @@ def add_concept_counts(
     thresholds: Float64[Tensor, " threshold"],
 ) -> None:
     """Adds the tags of a batch to `Concepts.counts`, in place: they may be large."""
-    real = real_tags(batch)
+    real = batch.real_tags
     _, num_tags, num_bins = counts.shape
     place = (batch.target * num_tags + batch.tag_ids) * num_bins + num_reached(
         probability, thresholds

@@ -18,7 +18,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from magneto_dist.batch import Batch, Prediction
-from magneto_dist.binning import at_each, num_reached, real_tags
+from magneto_dist.binning import at_each, num_reached
 from magneto_dist.config import LossConfig
 from magneto_dist.evaluation import loss_of, loss_sums
 from magneto_dist.metrics import Sums, reduce_sums, summarise
@@ -89,7 +89,7 @@ class ScoreSums:
 
     def update(self, prediction: Prediction, batch: Batch) -> None:
         """Adds the valid rows of a batch, which is on the device of the sums."""
-        real = real_tags(batch)
+        real = batch.real_tags
         probabilities = {
             **{f"heads/{head}": prediction.probability(head).double() for head in self._heads},
             **{f"baselines/{name}": of(batch) for name, of in self._baselines.items()},
@@ -212,7 +212,7 @@ class Scores:
 
 
 def _counts(prediction: Prediction, batch: Batch) -> Sums:
-    real, valid = real_tags(batch), batch.sample_valid
+    real, valid = batch.real_tags, batch.sample_valid
     counts = {
         "items": (valid & ((real.sum(1) + batch.tags_cut) > 0)).sum(),
         "tags": real.sum(),

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from magneto_dist.batch import Batch
-from magneto_dist.binning import at_each, num_reached, real_tags
+from magneto_dist.binning import at_each, num_reached
 from magneto_dist.metrics import average_precisions
 
 VALUES = (
@@ -49,7 +49,7 @@ def item_values(
     thresholds: Float64[Tensor, " threshold"],
 ) -> Float64[Tensor, "batch threshold value"]:
     """`VALUES` of every row at every threshold; 0 in rows that are no items."""
-    real = real_tags(batch)
+    real = batch.real_tags
     target = batch.target & real
     reached = num_reached(probability, thresholds)
 
