@@ -55,7 +55,7 @@ def training_job(config: Config, session: Session, model: Any, optimizer: Any) -
 
     An average of the weights (train.ema_decay) is left out: as much as those that are trained.
     """
-    others = ("schedule", "loader", "telemetry", "stop", "evaluate", "checkpoints")
+    others = ("schedule", "feed", "telemetry", "stop", "evaluate", "checkpoints")
     unused: dict[str, Any] = dict.fromkeys(others)
     return Job(
         config=config,

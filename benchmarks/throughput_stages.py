@@ -61,10 +61,10 @@ class Stages:
         if config.data.feature_views:
             raise InputError("--data.feature_views: cached features are measured by features.py")
         self.job, self.config, self.session = job, config, session
-        self._decoder, self._dataset = job.loader.decoder, dataset
+        self._decoder, self._dataset = job.feed.loader.decoder, dataset
         self._rounds = Rounds(job, WARM_STEPS)
         plan = job.plan
-        made = job.loader.batches(1, FIXED_STEPS)
+        made = job.feed.loader.batches(1, FIXED_STEPS)
         self.fixed = [list(itertools.islice(made, plan.micro_steps)) for _ in range(FIXED_STEPS)]
         """Micro-batches of some steps, as they come from the loader."""
         self._images_per_step = sum(_items(b) for step in self.fixed for b in step) / FIXED_STEPS
@@ -74,7 +74,7 @@ class Stages:
         return {
             "whole": self._whole,
             "loader": self._loader,
-            "step": lambda n: self._rounds.loop(repeated(self.fixed), n),
+            "step": lambda n: self._rounds.loop(repeated(self.fixed), n, of_feed=False),
             **(self._stages_of_loader() if of_loader else {}),
             **self._stages_of_training(),
         }
@@ -96,12 +96,12 @@ class Stages:
     def _whole(self, num_steps: int) -> Taken:
         """Endless, so that loader processes have as much to do at the end of a round as before."""
         return self._rounds.loop(
-            lambda first, _: self.job.loader.batches(first, ENDLESS), num_steps
+            lambda first, _: self.job.feed.batches(first, ENDLESS), num_steps, of_feed=True
         )
 
     def _loader(self, num_steps: int) -> Taken:
         """All of the loader with its processes, and nobody who uses what it makes."""
-        loader, micro_steps = self.job.loader, self.job.plan.micro_steps
+        loader, micro_steps = self.job.feed.loader, self.job.plan.micro_steps
         num_warm = max(2 * loader.num_workers, WARM_STEPS * micro_steps)
         with closing(loader.batches(1, ENDLESS)) as batches:  # type: ignore[type-var]
             for _ in itertools.islice(batches, num_warm):

@@ -97,7 +97,7 @@ def overhead(config: Config, dataset: Dataset, rounds: int, num_steps: int) -> O
         turns = Rounds(job, warm_steps=1)
         ways: dict[str, Callable[[], Taken]] = {
             "bare": lambda: turns.bare(fixed, num_steps),
-            "loop": lambda: turns.loop(repeated(fixed), num_steps),
+            "loop": lambda: turns.loop(repeated(fixed), num_steps, of_feed=False),
         }
         core_s: dict[str, list[float]] = {name: [] for name in ways}
 

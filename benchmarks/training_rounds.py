@@ -10,9 +10,7 @@
 from __future__ import annotations
 
 import io
-import itertools
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import replace
@@ -24,6 +22,7 @@ import torch
 from harness import Clock, now
 from magneto_dist.batch import Batch
 from magneto_dist.config import Config
+from magneto_dist.data.ahead import Stopwatch
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
@@ -33,6 +32,7 @@ from magneto_dist.parts import initial_model, prepare
 from magneto_dist.precision import HALF_DTYPES
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.checkpoint_writer import CheckpointWriter
+from magneto_dist.training.feed import Feed
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.loop import Job, train
 from magneto_dist.training.optim import Schedule
@@ -115,7 +115,7 @@ def training_job(
             model=wrapped,
             optimizer=optimizer,
             schedule=Schedule(config.optim, ENDLESS),
-            loader=loader,
+            feed=Feed(loader, config, session, wrapped),
             plan=plan,
             telemetry=log,
             whereabouts=whereabouts,
@@ -138,20 +138,24 @@ class Rounds:
         self.job, self._warm_steps = job, warm_steps
         self._progress = Progress()
 
-    def loop(self, batches: Callable[[int, int], Iterator[Batch]], num_steps: int) -> Taken:
+    def loop(
+        self, batches: Callable[[int, int], Iterator[Batch]], num_steps: int, *, of_feed: bool
+    ) -> Taken:
         """The loop as it is.
 
         Args:
             batches: the micro-batches of this rank from one global step to another, inclusive.
             num_steps: whose time is taken.
+            of_feed: they are those of the job, which knows how long it waits for its loader; else
+                any wait for them is one for data.
         """
         first = self._progress.step + 1
         last = self._progress.step + self._warm_steps + num_steps
-        source = _Watched(self.job, batches, first + self._warm_steps)
+        source = _Watched(self.job, batches, first + self._warm_steps, of_feed)
         job = replace(
             self.job,
             config=replace(self.job.config, max_steps=last),
-            loader=source,  # type: ignore[arg-type]
+            feed=source,  # type: ignore[arg-type]
             evaluate=source.end,
         )
         self._progress = train(job, self._progress)
@@ -196,40 +200,49 @@ def repeated(fixed: Sequence[Sequence[Batch]]) -> Callable[[int, int], Iterator[
 
 
 class _Watched:
-    """A loader that looks at the clock: from when to when, and how long it was waited for."""
+    """A feed that looks at the clock: from when to when, and how long it was waited for."""
 
     def __init__(
-        self, job: Job, batches: Callable[[int, int], Iterator[Batch]], first_timed_step: int
+        self,
+        job: Job,
+        batches: Callable[[int, int], Iterator[Batch]],
+        first_timed_step: int,
+        of_feed: bool,
     ) -> None:
-        self.steps_per_epoch, self.empty_batch = job.loader.steps_per_epoch, job.loader.empty_batch
+        self.steps_per_epoch, self.empty_batch = job.feed.steps_per_epoch, job.feed.empty_batch
         self._device, self._make = job.session.device, batches
         self._first_timed_step, self._micro_steps = first_timed_step, job.plan.micro_steps
-        self._wait_s, self._images = 0.0, 0
+        self._feed = job.feed if of_feed else None
+        self._watch = Stopwatch()
+        self._waited_before_s, self._images = 0.0, 0
         self._start, self._end = Clock(0, 0), Clock(0, 0)
+
+    @property
+    def waited_s(self) -> float:
+        """As `Feed.waited_s`."""
+        return self._watch.elapsed_s if self._feed is None else self._feed.waited_s
 
     @property
     def taken(self) -> Taken:
         """Of the timed steps."""
         start, end = self._start, self._end
         wall_s, core_s = end.wall_s - start.wall_s, end.core_s - start.core_s
-        return Taken(wall_s, core_s, self._wait_s, self._images)
+        return Taken(wall_s, core_s, self.waited_s - self._waited_before_s, self._images)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """As `Loader.batches`."""
+        """As `Feed.batches`."""
         is_timed = False
         with closing(self._make(first_step, last_step)) as made:  # type: ignore[type-var]
-            for step in itertools.count(first_step):
+            for step in range(first_step, last_step + 1):
                 if step == self._first_timed_step:  # all that the step before has asked for is done
                     is_timed, self._start = True, now(self._device)
-                asked_at_s = time.perf_counter()
-                for batch in made:
+                    self._waited_before_s = self.waited_s
+                for _ in range(self._micro_steps):
+                    with self._watch.running():
+                        batch = next(made)
                     if is_timed:
-                        self._wait_s += time.perf_counter() - asked_at_s
                         self._images += int(batch.sample_valid.sum())
                     yield batch
-                    if batch.micro_step == self._micro_steps - 1:
-                        break
-                    asked_at_s = time.perf_counter()
 
     def end(self, step: int) -> dict:
         """Called by the loop after its last step, in place of an evaluation."""

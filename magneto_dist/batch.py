@@ -69,8 +69,8 @@ class Batch:
     all_valid: bool = False
     """Known on the CPU that every row is valid: the model need not be told which are."""
     features: Float[Tensor, "batch region channel"] | None = None
-    """What a frozen backbone makes of the pictures, float16 or bfloat16, zero in rows that are not
-    valid; None: it was not computed before."""
+    """What the frozen stages of the backbone make of the pictures, computed or read (float16 or
+    bfloat16, zero in rows that are not valid); None: that is left to the model."""
     num_slots: int | None = None
     """Slots of a list before padding was trimmed (the paper's l), over which the published loss is
     averaged; None: as many as there are."""
@@ -86,6 +86,16 @@ class Batch:
             self,
             **{name: t.to(device, non_blocking=True) for name, t in self._tensors().items()},
         )
+
+    def large_to(self, device: torch.device | str) -> Batch:
+        """As `to`, for pictures and their features alone."""
+        large = {name: t.to(device, non_blocking=True) for name, t in self.large_tensors().items()}
+        return replace(self, **large)
+
+    def large_tensors(self) -> dict[str, Tensor]:
+        """Pictures and their features, as far as they are there."""
+        large = {"pixels": self.pixels, "features": self.features}
+        return {name: tensor for name, tensor in large.items() if tensor is not None}
 
     def pin_memory(self) -> Batch:
         """This batch in page-locked memory (called by torch's DataLoader)."""

@@ -257,6 +257,9 @@ class TrainConfig:
     """important: supervised; relevance: unsupervised pre-training (section 5.2)."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    overlap: bool = True
+    """Do what need not wait for its step before, beside others: on a CPU the frozen stages of the
+    backbone, in threads; on a GPU the way of the pictures to it. Takes memory for some batches."""
     tf32: bool = False
     """Float32 matrix products and convolutions of GPUs from Ampere on in TF32: inputs rounded to 10
     bits of mantissa, several times as fast. Nothing changes on CPU and under fp16 or bf16."""

@@ -43,6 +43,7 @@ from magneto_dist.training.checkpoint import (
 )
 from magneto_dist.training.checkpoint_writer import CheckpointWriter
 from magneto_dist.training.feature_cache import cached_features
+from magneto_dist.training.feed import Feed
 from magneto_dist.training.heartbeat import Watchdog, Whereabouts
 from magneto_dist.training.loop import Job, train
 from magneto_dist.training.optim import Schedule
@@ -200,7 +201,7 @@ def _train_in_folder(
             model=wrapped,
             optimizer=optimizer,
             schedule=schedule,
-            loader=loader,
+            feed=Feed(loader, config, session, wrapped),
             plan=plan,
             telemetry=log,
             whereabouts=whereabouts,
@@ -258,7 +259,8 @@ class _Evaluation:
             features=self.features,
         )
         rejects: list[Reject] = []
-        batches = collecting_rejects(loader.batches(1, loader.steps_per_epoch), rejects)
+        feed = Feed(loader, config, self.session, self.model)
+        batches = collecting_rejects(feed.batches(1, loader.steps_per_epoch), rejects)
         self.telemetry.whereabouts.at("evaluation")
         batches = self.telemetry.whereabouts.at_each("evaluation", batches)
         with self.telemetry.paused():

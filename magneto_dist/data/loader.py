@@ -11,9 +11,7 @@ the step at which a run starts changes it.
 from __future__ import annotations
 
 import importlib.util
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
 
@@ -22,6 +20,7 @@ import torch
 
 from magneto_dist.batch import Batch
 from magneto_dist.config import Config
+from magneto_dist.data.ahead import made_ahead
 from magneto_dist.data.decode_cpu import CpuDecoder, DecodedImages
 from magneto_dist.data.encoded_images import EncodedImages
 from magneto_dist.data.feature_files import FeatureViews
@@ -137,10 +136,11 @@ class Loader:
         if micro_batches.pictures != "encoded":
             return made
         decode = self._dali_decoder()
-        decoded = (
-            micro_batches.with_pixels(item.batch, decode(item.images), item.shards) for item in made
+        return made_ahead(
+            made,
+            lambda item: micro_batches.with_pixels(item.batch, decode(item.images), item.shards),
+            depth=self._config.data.dali_queue_depth,
         )
-        return _ahead(decoded, self._config.data.dali_queue_depth)
 
     def empty_batch(self) -> Batch:
         """A micro-batch of padding rows, with the shapes of all others."""
@@ -186,15 +186,3 @@ def _dali_is_there() -> bool:
         return importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # not even the package around it
         return False
-
-
-def _ahead(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """The same batches, made in a thread; up to `depth` lie ready while one is in use."""
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
-    try:
-        pending = deque(thread.submit(next, batches, None) for _ in range(depth))
-        while (batch := pending.popleft().result()) is not None:
-            pending.append(thread.submit(next, batches, None))
-            yield batch
-    finally:
-        thread.shutdown(cancel_futures=True)

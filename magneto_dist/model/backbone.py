@@ -145,19 +145,42 @@ class Backbone(nn.Module):
         self.train()
 
     def forward(
-        self, pixels: UInt8[Tensor, "batch 3 height width"]
+        self,
+        pixels: UInt8[Tensor, "batch 3 height width"] | None,
+        frozen: Float[Tensor, "batch channel frozen_height frozen_width"] | None = None,
     ) -> Float[Tensor, "batch out_channels grid_height grid_width"]:
-        """Features of RGB pixels of 0 to 255, in the dtype of the parameters (or autocast's)."""
-        x = pixels.to(self.scale.dtype) * self.scale + self.shift
-        frozen, trained = self._frozen_stages(), list(self.stages)[self.num_frozen_stages :]
-        if self.frozen_norms_drift:
-            for stage in frozen:  # no parameter of theirs needs a gradient: no graph
-                x = stage(x)
-        else:
-            x = self._folded(frozen, x, self._dtype_on(x.device))
-        for stage in trained:
+        """Features of RGB pixels of 0 to 255, in the dtype of the parameters (or autocast's).
+
+        `frozen` is what `frozen_features` has made of the pixels before: they are not looked at.
+        """
+        if frozen is None:
+            assert pixels is not None, "a backbone needs pixels or what it has made of them"
+            frozen = self.frozen_features(pixels)
+        x = frozen
+        for stage in list(self.stages)[self.num_frozen_stages :]:
             x = self._recomputed(stage, x) if self.recomputes else stage(x)
         return x
+
+    def frozen_features(
+        self, pixels: UInt8[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch channel frozen_height frozen_width"]:
+        """What the frozen stages make of pixels; without any of these, normalised pixels."""
+        x = pixels.to(self.scale.dtype) * self.scale + self.shift
+        if not self.frozen_norms_drift:
+            return self._folded(self._frozen_stages(), x, self._dtype_on(x.device))
+        for stage in self._frozen_stages():  # no parameter of theirs needs a gradient: no graph
+            x = stage(x)
+        return x
+
+    def fold(self) -> bool:
+        """Makes the folded copy of the frozen stages now, if there can be one, and says whether.
+
+        Then what they make of a picture depends on it alone, and `frozen_features` may run in any
+        thread. (Folding traces, which changes every module of the process while it lasts.)
+        """
+        has_fixed_stages = self.num_frozen_stages > 0 and not self.frozen_norms_drift
+        dtype = self._dtype_on(self.scale.device)
+        return has_fixed_stages and self._folded.fold(self._frozen_stages(), dtype)
 
     def _recomputed(self, stage: nn.Module, x: Tensor) -> Tensor:
         """`stage(x)` without keeping its activations; batch norms count its rows once."""

@@ -33,12 +33,13 @@ class FoldedStages:
     + s * (bias of the convolution), rounded to the wanted dtype once. The copy is no part of the
     module tree, so state_dict, optimizer and sharding know the stages alone; it is made anew when
     these were loaded, moved or cast. Where that cannot be (weights sharded over ranks, compilation
-    and export, which fold by themselves) the stages run as they are, under autocast.
+    and export, which fold by themselves) the stages run as they are, under autocast. Several
+    threads may call it at once, when the copy is there.
     """
 
     def __init__(self) -> None:
-        self._made_of: tuple = ()
-        self._copy: nn.Module = nn.Identity()
+        self._made: tuple[tuple, nn.Module] = ((), nn.Identity())
+        """Of what the copy was made, and the copy: replaced together."""
 
     @torch.no_grad()
     def __call__(
@@ -64,13 +65,18 @@ class FoldedStages:
     def _folded(self, stages: Sequence[nn.Module], dtype: torch.dtype | None) -> nn.Module | None:
         """The copy; None where there cannot be one."""
         tensors = [t for m in stages for t in (*m.parameters(), *m.buffers())]
-        if torch.compiler.is_compiling() or not all(_is_whole(t) for t in tensors):
+        if torch.compiler.is_compiling() or not all(map(_is_whole, tensors)):
             return None
         made_of = (dtype, *((t.data_ptr(), t._version, t.dtype, t.stride()) for t in tensors))
-        if made_of != self._made_of:
-            self._copy = fuse(nn.Sequential(*stages).eval()).to(dtype=dtype)
-            self._made_of = made_of
-        return self._copy
+        copied, copy = self._made
+        if made_of != copied:
+            copy = fuse(nn.Sequential(*stages).eval()).to(dtype=dtype)
+            self._made = (made_of, copy)
+        return copy
+
+    def fold(self, stages: Sequence[nn.Module], dtype: torch.dtype | None) -> bool:
+        """Makes the copy now, if there can be one, and says whether; arguments as for a call."""
+        return self._folded(stages, dtype) is not None
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Tags and pixels -> features of the tags (paper, section 3.1).
 
-1. The backbone makes N x N regions of features, or, frozen, has made them before; a 1x1 convolution
-   and a batch norm bring them to d_model features.
+1. The backbone makes N x N regions of features; its frozen stages may have done their part before.
+   A 1x1 convolution and a batch norm bring them to d_model features.
 2. Every tag looks at all regions: multi-head attention, tags as queries; beyond the paper and on
    request, what it sees is multiplied by what it is.
 3. A Transformer encoder relates the results to each other.
@@ -62,8 +62,8 @@ class ImageStream(nn.Module):
         """Features of every slot, ready for the head and the gate.
 
         Rows that are not valid stay out of ghost batch statistics (not of "local" or "sync" ones).
-        `features` are what `region_features` has made of the pictures before; then the backbone
-        rests, and pixels are not looked at.
+        `features` are what `frozen_regions` has made of the pictures before; then the frozen stages
+        of the backbone rest, and pixels are not looked at.
 
         Raises:
             InputError: there are neither pixels nor features, or "sync" batch norm would train on a
@@ -90,13 +90,19 @@ class ImageStream(nn.Module):
         if self.training:
             self._check_device(self.projection.weight.device)
             self._rows.valid = sample_valid
-        if features is None:
-            grid = self.backbone(pixels)
-        else:
-            grid = _grid(features.to(self.backbone.scale.dtype))
+        grid = self.backbone(pixels, None if features is None else self._grid(features))
         grid = self.projection_norm(self.projection(grid))
         self._rows.valid = None
         return _regions(grid)
+
+    def _grid(
+        self, features: Float[Tensor, "batch region channel"]
+    ) -> Float[Tensor, "batch channel height width"]:
+        """What `frozen_regions` has flattened, in a dtype that the weights can work with."""
+        if not torch.is_autocast_enabled(features.device.type):
+            features = features.to(self.backbone.scale.dtype)
+        side = isqrt(features.shape[1])  # pictures are squares
+        return features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
 
     def _check_device(self, device: torch.device) -> None:
         if device.type == "cpu" and any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
@@ -106,24 +112,17 @@ class ImageStream(nn.Module):
             )
 
 
-def region_features(
+def frozen_regions(
     backbone: Backbone, pixels: UInt8[Tensor, "batch 3 height width"]
 ) -> Float[Tensor, "batch region channel"]:
     """What an image stream with this backbone takes as `features` in place of the pixels."""
-    return _regions(backbone(pixels))
+    return _regions(backbone.frozen_features(pixels))
 
 
 def _regions(
     grid: Float[Tensor, "batch channel height width"],
 ) -> Float[Tensor, "batch region channel"]:
-    return grid.permute(0, 2, 3, 1).flatten(1, 2)  # free of copies in channels-last
-
-
-def _grid(
-    features: Float[Tensor, "batch region channel"],
-) -> Float[Tensor, "batch channel height width"]:
-    side = isqrt(features.shape[1])  # pictures are squares
-    return features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    return grid.flatten(2).transpose(1, 2)  # a view, whatever the memory format
 
 
 def _projection_norm(config: ModelConfig) -> nn.Module:

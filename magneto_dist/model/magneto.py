@@ -61,7 +61,7 @@ class MAGNeto(nn.Module):
             pixels: RGB of 0 to 255, not normalised.
             sample_valid: rows that count; in training the others stay out of batch statistics.
                 None: all rows.
-            features: `pixels` as the backbone has seen them before, see `region_features`.
+            features: `pixels` as the frozen stages have seen them before, see `frozen_regions`.
 
         Raises:
             InputError: as for `ImageStream.forward`.

@@ -36,8 +36,8 @@ from magneto_dist.data.parallel import progress_bar
 from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError, PreemptedError
 from magneto_dist.model.backbone import Backbone
-from magneto_dist.model.image_stream import region_features
-from magneto_dist.precision import HALF_DTYPES
+from magneto_dist.model.image_stream import frozen_regions
+from magneto_dist.precision import HALF_DTYPES, autocast
 from magneto_dist.training.feature_key import cache_folder, ingredients, require_same
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.session import Session
@@ -215,7 +215,7 @@ def _batch_size(dataset: Dataset, split: str) -> int:
 @torch.no_grad()
 def _feature_shape(backbone: Backbone, image_size: int) -> tuple[int, int]:
     black = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
-    _, num_regions, num_channels = region_features(backbone, black).shape
+    _, num_regions, num_channels = frozen_regions(backbone, black).shape
     return num_regions, num_channels
 
 
@@ -308,8 +308,7 @@ class _Network:
     def __init__(self, config: Config, backbone: Backbone, device: torch.device) -> None:
         self._dtype, self._device = HALF_DTYPES[config.data.feature_dtype], device
         self._stages = backbone
-        precision = HALF_DTYPES.get(config.train.precision)
-        self._autocast = torch.autocast(device.type, precision, enabled=precision is not None)
+        self._autocast = autocast(config.train.precision, device)
 
     @cached_property
     def _backbone(self) -> Backbone:
@@ -325,7 +324,7 @@ class _Network:
         """
         assert batch.pixels is not None
         with self._autocast:
-            features = region_features(self._backbone, batch.pixels.to(self._device))
+            features = frozen_regions(self._backbone, batch.pixels.to(self._device))
         features = features.to(self._dtype).cpu()
         features[~batch.sample_valid] = 0
         finite = features.isfinite().flatten(1).all(1)

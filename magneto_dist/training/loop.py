@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from magneto_dist.batch import Batch
 from magneto_dist.config import Config
-from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.randomness import seed_for
 from magneto_dist.errors import PreemptedError
@@ -29,6 +28,7 @@ from magneto_dist.model.norm import commit_batch_norm_statistics, reset_batch_no
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.checkpoint_writer import CheckpointWriter
 from magneto_dist.training.divergence import require_finite_state
+from magneto_dist.training.feed import Feed
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.optim import Schedule
 from magneto_dist.training.process import StopRequest
@@ -46,7 +46,8 @@ class Job:
     model: nn.Module
     optimizer: Any
     schedule: Schedule
-    loader: Loader
+    feed: Feed
+    """Of the training split."""
     plan: BatchPlan
     telemetry: Telemetry
     whereabouts: Whereabouts
@@ -59,7 +60,7 @@ class Job:
     @property
     def total_steps(self) -> int:
         """The step at which the run is done."""
-        steps = self.config.train.epochs * self.loader.steps_per_epoch
+        steps = self.config.train.epochs * self.feed.steps_per_epoch
         return min(steps, self.config.max_steps or steps)
 
 
@@ -102,9 +103,9 @@ def train(job: Job, progress: Progress) -> Progress:
     if _evaluation_is_due(job, progress.step) and not progress.evaluated:
         require_finite_state(job.session, job.model, progress.step, loss=None)
         progress = _evaluate_and_save(job, progress)
-    batches = job.loader.batches(progress.step + 1, job.total_steps)
+    batches = job.feed.batches(progress.step + 1, job.total_steps)
     for step in range(progress.step + 1, job.total_steps + 1):
-        with job.telemetry.waiting_for_data(step):
+        with job.telemetry.waiting_for_data(step, job.feed):
             micro_batches = list(itertools.islice(batches, job.plan.micro_steps))
         counts, stop, save_failed = _reduce_counts(job, micro_batches)
         if save_failed:
@@ -220,7 +221,7 @@ def _reduce_counts(job: Job, micro_batches: Sequence[Batch]) -> tuple[Counts, bo
 def _evaluation_is_due(job: Job, step: int) -> bool:
     if step == 0:
         return False
-    every_steps = job.config.train.eval_every_epochs * job.loader.steps_per_epoch
+    every_steps = job.config.train.eval_every_epochs * job.feed.steps_per_epoch
     return step % every_steps == 0 or step >= job.total_steps
 
 
@@ -246,7 +247,7 @@ def _settle_gradient_buckets(job: Job) -> None:
     """
     if not job.session.is_ddp:
         return
-    batch = job.loader.empty_batch().to(job.session.device)
+    batch = job.feed.empty_batch().to(job.session.device)
     counts = torch.ones(2, dtype=torch.float64, device=job.session.device)
     with job.session.micro_step(job.model, is_last=True):
         loss = ets_loss(job.model(**batch.inputs()), batch, counts, job.config.loss).total

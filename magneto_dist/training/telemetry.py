@@ -28,6 +28,7 @@ from magneto_dist.metrics import summarise
 from magneto_dist.training.board import Board
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.divergence import require_finite_loss
+from magneto_dist.training.feed import Feed
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.session import Session
 from magneto_dist.training.step_profile import StepProfile
@@ -114,16 +115,16 @@ class Telemetry:
         self._closing.close()
 
     @contextmanager
-    def waiting_for_data(self, step: int) -> Iterator[None]:
-        """Counts the time inside as waiting for the data of `step`."""
+    def waiting_for_data(self, step: int, feed: Feed) -> Iterator[None]:
+        """Counts as waiting for the data of `step` what `feed` waits for its loader inside."""
         if self._profile is not None:
             with self._not_counted():
                 self._profile.begins(step)
         self.whereabouts.at("data", step)
-        started_at_s = time.perf_counter()
+        waited_s = feed.waited_s
         with nullcontext() if self._profile is None else self._profile.waiting():
             yield
-        self._wait_s += time.perf_counter() - started_at_s
+        self._wait_s += feed.waited_s - waited_s
         self.whereabouts.at("training")
 
     @contextmanager

@@ -23,7 +23,8 @@ from magneto_dist.config import (
     TagsConfig,
     TrainConfig,
 )
-from magneto_dist.data.loader import Loader, _ahead
+from magneto_dist.data.ahead import made_ahead
+from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError
@@ -335,7 +336,7 @@ def test_as_many_batches_are_decoded_ahead_as_the_queue_is_deep(small_dataset, d
         loader(small_dataset, with_data(decoder="dali_cpu"), batch_size=8).batches(1, 6)
     )
     counting = Counting(expected)
-    ahead = _ahead(counting, depth)
+    ahead = made_ahead(counting, lambda batch: batch, depth=depth)
     for taken in range(1, 4):
         next(ahead)
         wait_until(lambda taken=taken: counting.given == taken + depth)

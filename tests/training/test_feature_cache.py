@@ -29,7 +29,7 @@ from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError, PreemptedError
 from magneto_dist.model.backbone import build_backbone
-from magneto_dist.model.image_stream import region_features
+from magneto_dist.model.image_stream import frozen_regions
 from magneto_dist.model.magneto import MAGNeto, build_model
 from magneto_dist.training import feature_key
 from magneto_dist.training.feature_cache import CachedFeatures, cached_features, ranks_that_fill
@@ -99,7 +99,7 @@ def features_by_id(model: MAGNeto, batches: list[Batch]) -> dict[int, torch.Tens
     found = {}
     for batch in batches:
         assert batch.pixels is not None
-        features = region_features(model.image_stream.backbone, batch.pixels)
+        features = frozen_regions(model.image_stream.backbone, batch.pixels)
         found |= dict(zip(batch.sample_ids.tolist(), features, strict=True))
     return found
 

@@ -43,7 +43,7 @@ def test_bare_steps_are_those_of_the_loop(demo_shards, tmp_path):
         with training_job(config, session, dataset, plan, loader, folder) as job:
             rounds = Rounds(job, warm_steps=1)
             if name == "loop":
-                taken[name] = rounds.loop(repeated(fixed), 2)
+                taken[name] = rounds.loop(repeated(fixed), 2, of_feed=False)
             else:
                 taken[name] = rounds.bare(fixed, 2)
             weights[name] = {k: v.clone() for k, v in job.model.state_dict().items()}
@@ -79,6 +79,6 @@ def test_waiting_is_the_time_in_which_batches_are_made(demo_shards, tmp_path):
             yield batch
 
     with training_job(config, session, dataset, plan, loader, tmp_path / "run") as job:
-        taken = Rounds(job, warm_steps=1).loop(slow, 3)
+        taken = Rounds(job, warm_steps=1).loop(slow, 3, of_feed=False)
     assert taken.data_wait_s == pytest.approx(0.6, abs=0.3)  # 3 of 4 steps
     assert taken.wall_s > taken.data_wait_s
