@@ -90,7 +90,10 @@ class ImageStream(nn.Module):
         if self.training:
             self._check_device(self.projection.weight.device)
             self._rows.valid = sample_valid
-        grid = self.backbone(pixels, None if features is None else self._grid(features))
+        if features is None:
+            grid = self.backbone(pixels)
+        else:
+            grid = self.backbone(None, self._grid(features))
         grid = self.projection_norm(self.projection(grid))
         self._rows.valid = None
         return _regions(grid)
