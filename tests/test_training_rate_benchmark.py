@@ -117,7 +117,8 @@ def test_stages_of_both_ways_are_found(case):
     torch.set_num_threads(1)
     paper, ours = split_of_paper(case), split_of_ours(case, cached=False)
     for split in (paper, ours):
-        assert {name for name in STAGES if split[name] > 0} == {*STAGES} - {"all-reduce"}
+        # One is the difference of two short times, and may be below 0 on a busy machine.
+        assert {name for name in STAGES if split[name] != 0} == {*STAGES} - {"all-reduce"}
     whole = _paper(case, 0, 1)
     assert 0 < whole["core_s"] < 3 * sum(paper[name] for name in STAGES)
 
