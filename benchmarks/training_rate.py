@@ -10,9 +10,10 @@ ours on 2 ranks as well, each of which decodes and trains; what counts is the be
 `training_rate_split.py` takes each apart: core-seconds an image of each stage. Cores / their sum is
 what is attainable on this machine.
 
-Weights are random and the learning rate is low: they cost the same, and nothing diverges. The
-global batch of `ls` is 16, so that a step takes seconds. Settings of the configuration follow as
-`--section.field value`.
+Time is taken of steps with others before and after them: what is done ahead for later steps is as
+much as what earlier ones have done for these. Weights are random and the learning rate is low: they
+cost the same, and nothing diverges. The global batch of `ls` is 16, so that a step takes seconds.
+Settings of the configuration follow as `--section.field value`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple, NoReturn
 
 import psutil
@@ -50,10 +52,11 @@ from training_rate_split import (
     split_of_paper,
     with_framework,
 )
+from training_rounds import ENDLESS
 
 PAPER, LIVE, CACHED = "the paper's way", "this system", "cached features"
 TIMES = "times the paper's way"
-CACHED_EPOCHS = 4  # one would be over in a second
+CACHED_WINDOWS = 4  # one would be over in a second
 RANKS = 2
 _LOOK_S = 0.02  # looking takes time of the cores
 
@@ -127,7 +130,7 @@ def _compare(case: Case, given: argparse.Namespace, overrides: Sequence[str]) ->
     splits: dict[str, list[Split]] = {column: [] for column in single}
     turns = [how for _ in range(given.rounds) for how in single.values()]
     for how in tqdm(turns, "core-seconds of stages", unit="call", disable=None):
-        splits[how.column].append(start(how._replace(way=f"{SPLIT}{how.way}")))
+        splits[how.column].append(start.split(how))
     whole, best = {}, {}
     for column, how in single.items():
         training_s = medians(costs[str(how)][1:])["core_s"]
@@ -181,18 +184,32 @@ class _Starter:
 
     def __call__(self, how: How) -> dict[str, float]:
         """What a way finds out, after warming up."""
-        ranks = how.ranks if how.way.startswith(SPLIT) else 1  # a whole way starts them itself
+        return self._result(how, self._start(how))
+
+    def split(self, how: How) -> Split:
+        """The stages of a way, while all cores have as much to do, as in the way itself."""
+        how = how._replace(way=f"{SPLIT}{how.way}")
+        copies = len(os.sched_getaffinity(0)) // how.ranks
+        started = [self._start(how, how.ranks) for _ in range(max(copies, 1))]
+        found = [self._result(how, process) for process in started]
+        return {stage: mean(each[stage] for each in found) for stage in found[0]}
+
+    def _start(self, how: How, ranks: int = 1) -> subprocess.Popen[str]:
+        """In `ranks` processes; a whole way starts those of its ranks itself."""
         command = [*_python(ranks), __file__, *self._options, "--alone", how.way]
-        done = subprocess.run(
+        return subprocess.Popen(
             [*command, f"--workers={how.workers}", f"--ranks={how.ranks}"],
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
             env=_environment(how.threads),
         )
-        if done.returncode != 0:
-            raise InputError(f"{how} failed: {reason_of(done.stderr)}")
-        return json.loads(done.stdout.splitlines()[-1])
+
+    def _result(self, how: How, process: subprocess.Popen[str]) -> dict[str, float]:
+        said, complained = process.communicate()
+        if process.returncode != 0:
+            raise InputError(f"{how} failed: {reason_of(complained)}")
+        return json.loads(said.splitlines()[-1])
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -219,22 +236,23 @@ def _run_alone(case: Case, given: argparse.Namespace) -> NoReturn:
 def _paper(case: Case, workers: int, _: int) -> Cost:
     network = network_of_paper(case)
     optimizer = optimizer_of_paper(network, case)
-    for step, item in enumerate(batches_of_paper(case, workers, case.steps), start=1):
+    warm, steps = case.warm_steps, case.steps
+    clock_s, core_s = {}, {}
+    for step, item in enumerate(batches_of_paper(case, workers, steps + warm), start=1):
         forward_backward_of_paper(network, case, item)
         optimizer.step()
         optimizer.zero_grad()
-        if step == case.warm_steps:
-            started_s, core_s = time.perf_counter(), time.process_time()
-    items = (case.steps - case.warm_steps) * case.batch
+        clock_s[step], core_s[step] = time.perf_counter(), time.process_time()
+    items = (steps - warm) * case.batch
     return {
-        "clock_s": (time.perf_counter() - started_s) / items,
-        "core_s": (time.process_time() - core_s) / items,
+        "clock_s": (clock_s[steps] - clock_s[warm]) / items,
+        "core_s": (core_s[steps] - core_s[warm]) / items,
     }
 
 
-def _ours(case: Case, workers: int, ranks: int, *more: str, epochs: int = 1) -> Cost:
-    warm = case.warm_steps
-    steps = epochs * case.steps // warm * warm
+def _ours(case: Case, workers: int, ranks: int, *more: str, windows: int = 1) -> Cost:
+    first = case.set_up.log_steps
+    last = first * (1 + windows)
     with tempfile.TemporaryDirectory() as run_dir, tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
             [
@@ -244,25 +262,24 @@ def _ours(case: Case, workers: int, ranks: int, *more: str, epochs: int = 1) -> 
                 f"--data.path={case.shards}",
                 f"--data.num_workers={workers}",
                 f"--output_dir={run_dir}",
-                f"--max_steps={steps}",
-                f"--train.eval_every_epochs={epochs}",
-                f"--log.every_steps={warm}",
+                f"--max_steps={last + case.warm_steps}",
+                f"--train.eval_every_epochs={ENDLESS}",
+                f"--log.every_steps={first}",
                 *more,
             ],
             stdout=subprocess.DEVNULL,
             stderr=said,
         )
         path = Path(run_dir) / "metrics.jsonl"
-        before_s, after_s = (_core_s_when_logged(process, path, s, ranks) for s in (warm, steps))
+        before_s, after_s = (_core_s_when_logged(process, path, s, ranks) for s in (first, last))
         if process.wait() != 0:
             said.seek(0)
             raise InputError(reason_of(said.read()))
         lines = map(json.loads, path.read_text().splitlines())
         speeds = [line["images_per_second"] for line in lines if line["split"] == "train"]
-    items = (steps - warm) * case.batch
     return {
-        "clock_s": sum(1 / speed for speed in speeds[1:]) / len(speeds[1:]),
-        "core_s": (after_s - before_s) / items,
+        "clock_s": sum(1 / speed for speed in speeds[1 : 1 + windows]) / windows,
+        "core_s": (after_s - before_s) / ((last - first) * case.batch),
     }
 
 
@@ -282,7 +299,7 @@ def _core_s_when_logged(
 
 def _cached(case: Case, workers: int, ranks: int) -> Cost:
     more = ["--data.feature_views=1", f"--data.cache_dir={case.folder / 'cache'}"]
-    return _ours(case, workers, ranks, *more, epochs=CACHED_EPOCHS)
+    return _ours(case, workers, ranks, *more, windows=CACHED_WINDOWS)
 
 
 SPLIT = "split of "

@@ -41,6 +41,8 @@ class SetUp:
     """Of an epoch here, unless told otherwise."""
     tried: tuple[tuple[int, int], ...]
     """Loader processes and threads of one training process."""
+    log_steps: int
+    """Steps from one line of our log to the next, between which time is taken."""
     lowered: tuple[str, ...] = ()
     """Settings for a machine without a GPU."""
 
@@ -53,6 +55,7 @@ SET_UPS = {
         is_important=lambda number: number != 1,
         items=1024,
         tried=((1, 1), (2, 1), (1, 2)),
+        log_steps=50,  # as in configs/nuswide.yaml
     ),
     # About 43 tags; five of fifty important, as in the example of section 5.1. A second loader
     # process would have nothing to do: decoding is a hundredth of the work.
@@ -62,6 +65,7 @@ SET_UPS = {
         is_important=lambda number: number % 10 == 0,
         items=96,
         tried=((1, 1), (1, 2)),
+        log_steps=3,
         lowered=("--train.global_batch_size=16", "--model.batch_norm_group_size=8"),
     ),
 }
@@ -113,7 +117,7 @@ class Case:
 
     @property
     def warm_steps(self) -> int:
-        """The first ones of an epoch, whose time is not taken."""
+        """Before and after those whose time is taken."""
         return min(_MOST_WARM_STEPS, self.steps // 3)
 
     @property

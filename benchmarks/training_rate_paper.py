@@ -107,6 +107,7 @@ def optimizer_of_paper(network: nn.Module, case: Case) -> torch.optim.Optimizer:
 
 
 def batches_of_paper(case: Case, workers: int, steps: int) -> DataLoader:
-    """So many batches of the pictures, in random order."""
-    items = Subset(Items(case), range(steps * case.batch))
+    """So many batches of the pictures, in random order; more than an epoch has show some twice."""
+    num_items = case.steps * case.batch
+    items = Subset(Items(case), [number % num_items for number in range(steps * case.batch)])
     return DataLoader(items, case.batch, shuffle=True, num_workers=workers)

@@ -1,6 +1,7 @@
 """Where the time of `training_rate.py` goes: core-seconds an image of each stage, each alone.
 
-Processor time, not time on the clock, so that others on the machine disturb little.
+Processor time, not time on the clock, so that others on the machine disturb little; and taken while
+all cores do the same (`training_rate.py` starts as many processes): they share cache and memory.
 
 1. Loading in this process: reading, decoding, augmenting. Through one loader process: what that and
    this process take more is the way of a batch from one to the other. Two lengths of the same are

@@ -50,6 +50,7 @@ class ImageStream(nn.Module):
         self.product = BilinearMapping(config.d_model) if config.mapping == "bilinear" else None
         self.encoder = TransformerEncoder(config, config.image_layers)
         self._rows = share_row_validity(self)
+        self._needs_gpu = any(isinstance(m, nn.SyncBatchNorm) for m in self.modules())
 
     def forward(
         self,
@@ -108,7 +109,7 @@ class ImageStream(nn.Module):
         return features.unflatten(1, (side, side)).permute(0, 3, 1, 2)
 
     def _check_device(self, device: torch.device) -> None:
-        if device.type == "cpu" and any(isinstance(m, nn.SyncBatchNorm) for m in self.modules()):
+        if device.type == "cpu" and self._needs_gpu:
             raise InputError(
                 "batch norm of kind sync trains on GPUs only; on CPU set"
                 " --model.projection_batch_norm and --model.backbone_batch_norm to ghost"

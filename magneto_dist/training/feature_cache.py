@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError, PreemptedError
 from magneto_dist.model.backbone import Backbone
 from magneto_dist.model.image_stream import frozen_regions
-from magneto_dist.precision import HALF_DTYPES, autocast
+from magneto_dist.precision import HALF_DTYPES
 from magneto_dist.training.feature_key import cache_folder, ingredients, require_same
+from magneto_dist.training.feed import computed_ahead
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.session import Session
 from magneto_dist.world import World
@@ -95,7 +96,9 @@ def cached_features(
         lambda: _views(config, session.world, dataset, backbone, made_of, folder)
     )
     session.on_all(lambda: _begin(views, config) if place.index == 0 else None)
-    _fill(_Network(config, backbone, session.device), views, place, session, stopped, whereabouts)
+    network = _Network(config, backbone, session.device)
+    ahead = computed_ahead(config, session)
+    _fill(partial(_made_ahead, network, ahead), views, place, session, stopped, whereabouts)
     train, validation = (
         FeatureViews(
             tuple(view.writer.path for view in views if view.split == split),
@@ -167,6 +170,10 @@ class _View:
         return range(start + first, start + end)
 
 
+_Chunk = tuple[_View, int]
+_Made = tuple[Batch, Tensor]
+
+
 def _views(
     config: Config,
     world: World,
@@ -231,7 +238,7 @@ def _begin(views: Sequence[_View], config: Config) -> None:
 
 
 def _fill(
-    network: _Network,
+    make: Callable[[Sequence[_Chunk]], Iterator[_Made]],
     views: list[_View],
     place: _Place,
     session: Session,
@@ -247,13 +254,13 @@ def _fill(
     chunks = session.on_all(lambda: _missing_chunks(views, place))
     num_rounds = max(session.gather(len(chunks)))
     num_pictures = sum(session.gather(sum(_num_pictures(view, chunk) for view, chunk in chunks)))
-    batches = _pixels(chunks)
+    made = make(chunks)
     shows_bar = session.is_main and num_rounds > 0
     with progress_bar(num_pictures, "features") if shows_bar else nullcontext() as bar:
         for number in range(num_rounds):
             whereabouts.at("start")
             mine = chunks[number] if number < len(chunks) else None
-            num_made = session.on_all(lambda: _make(network, batches, mine) if mine else 0)  # noqa: B023
+            num_made = session.on_all(lambda: _write(made, mine) if mine else 0)  # noqa: B023
             num_made = sum(session.gather(num_made))
             if bar is not None:
                 bar.update(num_made)
@@ -264,7 +271,7 @@ def _fill(
     session.on_all(lambda: [writer.finish() for writer in writers] if place.index == 0 else None)
 
 
-def _missing_chunks(views: Sequence[_View], place: _Place) -> list[tuple[_View, int]]:
+def _missing_chunks(views: Sequence[_View], place: _Place) -> list[_Chunk]:
     """This rank's share: of all chunks in turn, also where some are done."""
     if place.index < 0:
         return []
@@ -281,20 +288,28 @@ def _num_pictures(view: _View, chunk: int) -> int:
     return view.writer.rows(chunk).stop - view.writer.rows(chunk).start
 
 
-def _pixels(chunks: Sequence[tuple[_View, int]]) -> Iterator[Batch]:
+def _pixels(chunks: Sequence[_Chunk]) -> Iterator[Batch]:
     """The batches of the chunks, by as few starts of loader processes as can be."""
     for loader, group in groupby(chunks, key=lambda each: each[0].loader):
         yield from loader.numbered([n for view, chunk in group for n in view.micro_batches(chunk)])
 
 
-def _make(network: _Network, batches: Iterator[Batch], mine: tuple[_View, int]) -> int:
-    """Makes one chunk; the number of its pictures."""
+def _made_ahead(
+    network: _Network, ahead: Callable[..., Iterator[_Made]], chunks: Sequence[_Chunk]
+) -> Iterator[_Made]:
+    """The batches of the chunks with their features, in order."""
+    network.settle()
+    yield from ahead(_pixels(chunks), make=lambda batch: (batch, network(batch)))
+
+
+def _write(made: Iterator[_Made], mine: _Chunk) -> int:
+    """Writes one chunk; the number of its pictures."""
     view, chunk = mine
     bad: dict[int, str] = {}
     with _clear_errors(view.writer.path.parent):
-        for batch in islice(batches, len(view.micro_batches(chunk))):
+        for batch, features in islice(made, len(view.micro_batches(chunk))):
             num_rows = int((batch.sample_ids >= 0).sum())
-            view.writer.write(int(batch.sample_ids[0]), network(batch)[:num_rows])
+            view.writer.write(int(batch.sample_ids[0]), features[:num_rows])
             reasons = {reject.key: reject.reason for reject in batch.rejects}
             for row in (~batch.sample_valid[:num_rows]).nonzero().flatten().tolist():
                 bad[int(batch.sample_ids[row])] = reasons[batch.keys[row]]
@@ -303,17 +318,17 @@ def _make(network: _Network, batches: Iterator[Batch], mine: tuple[_View, int]) 
 
 
 class _Network:
-    """Pixels -> features as they are kept, in the precision of training, on its device."""
+    """Pixels -> features as they are kept, on the device of training; called in its precision."""
 
     def __init__(self, config: Config, backbone: Backbone, device: torch.device) -> None:
         self._dtype, self._device = HALF_DTYPES[config.data.feature_dtype], device
-        self._stages = backbone
-        self._autocast = autocast(config.train.precision, device)
+        self._backbone = backbone
 
-    @cached_property
-    def _backbone(self) -> Backbone:
-        """A copy: the model itself goes to the device when it is prepared."""
-        return copy.deepcopy(self._stages).to(self._device)
+    def settle(self) -> None:
+        """To be called before any thread calls this."""
+        # A copy: the model itself goes to the device when it is prepared.
+        self._backbone = copy.deepcopy(self._backbone).to(self._device)
+        self._backbone.fold()
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Float[Tensor, "batch region channel"]:
@@ -323,8 +338,7 @@ class _Network:
             InputError: one of them is not finite in the dtype that is kept.
         """
         assert batch.pixels is not None
-        with self._autocast:
-            features = frozen_regions(self._backbone, batch.pixels.to(self._device))
+        features = frozen_regions(self._backbone, batch.pixels.to(self._device))
         features = features.to(self._dtype).cpu()
         features[~batch.sample_valid] = 0
         finite = features.isfinite().flatten(1).all(1)

@@ -88,14 +88,22 @@ def _way_ahead(
         return None
     if not stream.backbone.fold():
         return None
-    num_threads = cores_per_rank(session.world.ranks_per_node) // torch.get_num_threads()
     return partial(
-        made_ahead,
-        make=partial(_seen_by_frozen_stages, stream.backbone),
-        depth=max(num_threads, 1) + 1,
-        num_threads=max(num_threads, 1),
-        settle_thread=partial(_settle_thread, config.train.precision, device),
+        computed_ahead(config, session), make=partial(_seen_by_frozen_stages, stream.backbone)
     )
+
+
+def computed_ahead(config: Config, session: Session) -> Callable[..., Iterator[Any]]:
+    """`made_ahead` in threads that compute as training does, without gradients.
+
+    On a CPU as many as this rank has cores for, on a GPU one.
+    """
+    num_threads = 1
+    if session.device.type == "cpu":
+        cores = cores_per_rank(session.world.ranks_per_node)
+        num_threads = max(cores // torch.get_num_threads(), 1)
+    settle = partial(_settle_thread, config.train.precision, session.device)
+    return partial(made_ahead, depth=num_threads + 1, num_threads=num_threads, settle_thread=settle)
 
 
 def _settle_thread(precision: str, device: torch.device) -> None:
