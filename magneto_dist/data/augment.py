@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int64
@@ -25,11 +25,12 @@ from magneto_dist.data.randomness import uniforms
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 
 
-class Augmentation(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Augmentation:
     """What is done to one picture, independent of its size."""
 
     crops: Sequence[Sequence[float]]
-    """Crops to try in turn: area as a fraction of the picture's, and log(width / height)."""
+    """Of the crops to try in turn: areas as fractions of the picture's, and log(width / height)."""
     position: tuple[float, float]
     """Where the crop lies: fractions in [0, 1) of the free way down and to the right."""
     centre_log_aspects: tuple[float, float]
@@ -49,7 +50,7 @@ class Augmentation(NamedTuple):
         It lies inside the picture and is at least 1 pixel high and wide. Follows torchvision's
         RandomResizedCrop.
         """
-        for area_fraction, log_aspect in self.crops:
+        for area_fraction, log_aspect in zip(*self.crops, strict=True):
             side = math.sqrt(height * width * area_fraction)
             crop_height = round(side * math.exp(-log_aspect / 2))
             crop_width = round(side * math.exp(log_aspect / 2))
@@ -80,6 +81,7 @@ def training_augmentations(
     purposes = {"crop": 2 * _CROP_TRIES, "crop position": 2, "flip": 1, "policy": 5}
     crop_draws, positions, flip_draws, policy_draws = uniforms(seed, epoch, sample_ids, purposes)
     crops = low + (high - low) * crop_draws.reshape(-1, _CROP_TRIES, 2)
+    crops = crops.swapaxes(1, 2).tolist()
     flips = flip_draws[:, 0] < config.flip_probability
     has_policy = config.policy != "none"
     operations = imagenet_operations(policy_draws) if has_policy else [()] * len(sample_ids)
@@ -93,7 +95,7 @@ def training_augmentations(
             operations=operations_of_sample,
         )
         for crops_of_sample, (top, left), flip, operations_of_sample in zip(
-            crops.tolist(), positions.tolist(), flips.tolist(), operations, strict=True
+            crops, positions.tolist(), flips.tolist(), operations, strict=True
         )
     ]
 
