@@ -254,21 +254,21 @@ def _assemble(
 ) -> TagRows:
     """Kept tags in their order, then added ones, then padding."""
     is_added = added < num_tags
-    never = np.zeros_like(is_added)
-    filled = np.concatenate([kept, is_added], axis=1)
-    row, column = np.nonzero(filled)
-    slot = (np.cumsum(filled, axis=1) - 1)[row, column]
-
-    def scattered(values: np.ndarray, padding: int | bool) -> np.ndarray:
-        slots = np.full((len(kept), max_tags), padding, dtype=values.dtype)
-        slots[row, slot] = values[row, column]
-        return slots
-
+    slot = np.arange(max_tags)
+    num_kept = kept.sum(1)[:, None]
+    is_kept = slot < num_kept
+    outlier = ~is_kept & (slot < num_kept + is_added.sum(1)[:, None])
+    # Marks of slots and of tags hold equally many a row, and both are gone through row by row.
+    tag_ids = np.full(outlier.shape, num_tags, dtype=np.int64)
+    tag_ids[is_kept] = items.ids[kept]
+    tag_ids[outlier] = added[is_added]
+    target = np.zeros(outlier.shape, dtype=bool)
+    target[is_kept] = items.important[kept]
     return TagRows(
-        tag_ids=scattered(np.concatenate([items.ids, added], axis=1), num_tags),
-        tag_mask=scattered(filled, False),
-        target=scattered(np.concatenate([items.important & kept, never], axis=1), False),
-        outlier=scattered(np.concatenate([np.zeros_like(kept), is_added], axis=1), False),
+        tag_ids=tag_ids,
+        tag_mask=is_kept | outlier,
+        target=target,
+        outlier=outlier,
         tags_cut=cut.sum(1),
         targets_cut=(cut & items.important).sum(1),
     )
