@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from magneto_dist.config import AugmentConfig
-from magneto_dist.data.auto_augment import IMAGENET_POLICY
-from magneto_dist.data.randomness import uniform
+from magneto_dist.data.auto_augment import imagenet_operations
+from magneto_dist.data.randomness import uniforms
 
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 
@@ -30,7 +30,7 @@ class Augmentation:
     """What is done to one picture, independent of its size."""
 
     crops: Sequence[Sequence[float]]
-    """Crops to try in turn: area as a fraction of the picture's, and log(width / height)."""
+    """Of the crops to try in turn: areas as fractions of the picture's, and log(width / height)."""
     position: tuple[float, float]
     """Where the crop lies: fractions in [0, 1) of the free way down and to the right."""
     centre_log_aspects: tuple[float, float]
@@ -50,7 +50,7 @@ class Augmentation:
         It lies inside the picture and is at least 1 pixel high and wide. Follows torchvision's
         RandomResizedCrop.
         """
-        for area_fraction, log_aspect in self.crops:
+        for area_fraction, log_aspect in zip(*self.crops, strict=True):
             side = math.sqrt(height * width * area_fraction)
             crop_height = round(side * math.exp(-log_aspect / 2))
             crop_width = round(side * math.exp(log_aspect / 2))
@@ -76,13 +76,15 @@ def training_augmentations(
     ratio log-uniform in [1 / crop_aspect_max, crop_aspect_max]; up to ten draws, until one fits.
     """
     max_log_aspect = math.log(config.crop_aspect_max)
-    crops = uniform(seed, epoch, sample_ids, "crop", 2 * _CROP_TRIES).reshape(-1, _CROP_TRIES, 2)
     low = np.array([config.crop_scale_min, -max_log_aspect])
     high = np.array([config.crop_scale_max, max_log_aspect])
-    crops = low + (high - low) * crops
-    positions = uniform(seed, epoch, sample_ids, "crop position", 2)
-    flips = uniform(seed, epoch, sample_ids, "flip", 1)[:, 0] < config.flip_probability
-    policy_draws = uniform(seed, epoch, sample_ids, "policy", 5)
+    purposes = {"crop": 2 * _CROP_TRIES, "crop position": 2, "flip": 1, "policy": 5}
+    crop_draws, positions, flip_draws, policy_draws = uniforms(seed, epoch, sample_ids, purposes)
+    crops = low + (high - low) * crop_draws.reshape(-1, _CROP_TRIES, 2)
+    crops = crops.swapaxes(1, 2).tolist()
+    flips = flip_draws[:, 0] < config.flip_probability
+    has_policy = config.policy != "none"
+    operations = imagenet_operations(policy_draws) if has_policy else [()] * len(sample_ids)
     return [
         Augmentation(
             crops=crops_of_sample,
@@ -90,10 +92,10 @@ def training_augmentations(
             centre_log_aspects=(-max_log_aspect, max_log_aspect),
             centre_fraction=1.0,
             flip=flip,
-            operations=_operations(draws, config),
+            operations=operations_of_sample,
         )
-        for crops_of_sample, (top, left), flip, draws in zip(
-            crops.tolist(), positions.tolist(), flips.tolist(), policy_draws.tolist(), strict=True
+        for crops_of_sample, (top, left), flip, operations_of_sample in zip(
+            crops, positions.tolist(), flips.tolist(), operations, strict=True
         )
     ]
 
@@ -107,18 +109,6 @@ def evaluation_augmentation(config: AugmentConfig) -> Augmentation:
         centre_fraction=config.eval_crop_fraction,
         flip=False,
         operations=(),
-    )
-
-
-def _operations(draws: list[float], config: AugmentConfig) -> tuple[tuple[str, float], ...]:
-    """One sample's operations from five draws: which pair; apply first, second; their signs."""
-    if config.policy == "none":
-        return ()
-    pair = IMAGENET_POLICY[int(draws[0] * len(IMAGENET_POLICY))]
-    return tuple(
-        (operation.name, operation.with_sign(sign_draw))
-        for operation, apply_draw, sign_draw in zip(pair, draws[1:3], draws[3:5], strict=True)
-        if apply_draw < operation.probability
     )
 
 

@@ -8,7 +8,11 @@ torchvision takes longer, and more memory, than all else that a loader process n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
 
 _LARGEST_BIN = 9  # magnitudes are given as bins from 0 on
 
@@ -23,9 +27,9 @@ class Operation(NamedTuple):
     signed: bool
     """Applied with either sign."""
 
-    def with_sign(self, draw: float) -> float:
-        """The magnitude; of a signed operation, negated by every other draw from [0, 1)."""
-        return -self.magnitude if self.signed and draw < 0.5 else self.magnitude
+    def with_sign(self, negative: bool) -> float:
+        """The magnitude; of a signed operation, negated where `negative`."""
+        return -self.magnitude if self.signed and negative else self.magnitude
 
 
 _SIGNED = {"ShearX", "Rotate", "Color", "Contrast", "Sharpness"}
@@ -79,3 +83,32 @@ def _pair(words: Sequence[str]) -> tuple[Operation, Operation]:
 
 IMAGENET_POLICY = tuple(_pair(line.split()) for line in _TABLE.strip().splitlines())
 """The 25 pairs of operations; a picture gets one of them, all equally likely."""
+
+
+def imagenet_operations(
+    draws: Float64[np.ndarray, "batch 5"],
+) -> list[tuple[tuple[str, float], ...]]:
+    """Names and signed magnitudes of the operations of each sample, in the order of application.
+
+    Args:
+        draws: uniform in [0, 1): which pair; whether its first and second are applied; their signs.
+    """
+    pair = (draws[:, :1] * len(IMAGENET_POLICY)).astype(np.int64)
+    applied = draws[:, 1:3] < _PROBABILITIES[pair[:, 0]]
+    outcome = np.concatenate([pair, applied, draws[:, 3:5] < 0.5], axis=1) @ (16, 8, 4, 2, 1)
+    return [_OUTCOMES[number] for number in outcome.tolist()]
+
+
+def _outcome(
+    pair: Sequence[Operation], applied: Sequence[bool], negated: Sequence[bool]
+) -> tuple[tuple[str, float], ...]:
+    return tuple(
+        (operation.name, operation.with_sign(minus))
+        for operation, is_applied, minus in zip(pair, applied, negated, strict=True)
+        if is_applied
+    )
+
+
+_YES_NO = tuple(product((False, True), repeat=2))
+_OUTCOMES = [_outcome(*case) for case in product(IMAGENET_POLICY, _YES_NO, _YES_NO)]
+_PROBABILITIES = np.array([[one.probability for one in pair] for pair in IMAGENET_POLICY])

@@ -31,6 +31,7 @@ from magneto_dist.data.encoded_images import EncodedImages, encoded_images
 from magneto_dist.data.feature_files import FeatureViews
 from magneto_dist.data.order import BatchPlan, Order, micro_batch_sample_ids
 from magneto_dist.data.read_ahead import ReadAhead
+from magneto_dist.data.sample import Sample
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.stream import Record, SampleReader, Stage, load_rows
 from magneto_dist.data.tags import tag_rows
@@ -40,6 +41,8 @@ GREY = 127
 
 Row = Record | Reject | None
 """A usable sample, why there is none, or padding."""
+_NO_SAMPLE = Sample("", None, (), None)
+"""In place of a reject or of padding."""
 
 
 @dataclass(frozen=True)
@@ -152,23 +155,25 @@ class MicroBatches(torch.utils.data.Dataset):
             needs_labels=self.config.train.objective == "important",
             vocabulary=self.dataset.vocabulary,
         )
-        sample_valid = torch.tensor([isinstance(row, Record) for row in rows])
+        samples = [row.sample if isinstance(row, Record) else _NO_SAMPLE for row in rows]
+        is_valid = [sample is not _NO_SAMPLE for sample in samples]
+        sample_valid = torch.from_numpy(np.array(is_valid))  # torch is slow with lists
         batch = Batch(
-            **self._tag_slots(rows, sample_ids, epoch),
+            **self._tag_slots(samples, sample_ids, epoch),
             sample_valid=sample_valid,
             sample_ids=torch.from_numpy(sample_ids),
             pixels=self._grey(sample_valid),
-            keys=tuple(_key(row) for row in rows),
+            keys=tuple(map(_key, rows)),
             step=step,
             micro_step=micro_step,
             epoch=epoch,
             rejects=tuple(row for row in rows if isinstance(row, Reject)),
-            all_valid=bool(sample_valid.all()),
+            all_valid=all(is_valid),
             num_slots=self.config.tags.max_tags,
         )
         return Encoded(
             batch,
-            images=tuple(_image(row) for row in rows),
+            images=tuple(sample.image or b"" for sample in samples),
             augmentations=tuple(self._augmentations(sample_ids, epoch)),
             shards=tuple("" if row is None else row.shard for row in rows),
         )
@@ -195,13 +200,14 @@ class MicroBatches(torch.utils.data.Dataset):
         return self._without([row for row, _ in failed], batch) if failed else batch
 
     def _tag_slots(
-        self, rows: Sequence[Row], sample_ids: Int64[np.ndarray, " batch"], epoch: int
+        self, samples: Sequence[Sample], sample_ids: Int64[np.ndarray, " batch"], epoch: int
     ) -> dict[str, Tensor]:
+        vocabulary = self.dataset.vocabulary
         slots = tag_rows(
-            [self._tag_ids(row) for row in rows],
-            [_important(row) for row in rows],
+            [vocabulary.ids(sample.tags) for sample in samples],
+            [sample.important or [False] * len(sample.tags) for sample in samples],
             sample_ids,
-            num_tags=len(self.dataset.vocabulary),
+            num_tags=len(vocabulary),
             config=self.config.tags,
             seed=self.config.seed,
             epoch=epoch,
@@ -212,9 +218,6 @@ class MicroBatches(torch.utils.data.Dataset):
         if self.config.tags.trim_padding and not self.config.train.compile:
             slots = slots.trimmed()
         return {name: torch.from_numpy(values) for name, values in vars(slots).items()}
-
-    def _tag_ids(self, row: Row) -> list[int]:
-        return self.dataset.vocabulary.ids(row.sample.tags) if isinstance(row, Record) else []
 
     def _augmentations(
         self, sample_ids: Int64[np.ndarray, " batch"], epoch: int
@@ -274,13 +277,3 @@ def _key(row: Row) -> str:
     if row is None:
         return ""
     return row.sample.key if isinstance(row, Record) else row.key
-
-
-def _image(row: Row) -> bytes:
-    return (isinstance(row, Record) and row.sample.image) or b""
-
-
-def _important(row: Row) -> Sequence[bool]:
-    if not isinstance(row, Record):
-        return ()
-    return row.sample.important or [False] * len(row.sample.tags)

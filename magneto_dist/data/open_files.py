@@ -38,17 +38,16 @@ class OpenFile:
                 f"{self._where}: has {self._num_bytes} bytes, but {offset + size} are needed; it is"
                 " cut off, or its index is not its own: copy or build it again"
             )
-        pieces: list[bytes] = []
-        while size > 0:  # the kernel gives at most 2 GiB at once
+        content = b""
+        while len(content) < size:  # the kernel gives at most 2 GiB at once
             try:
-                piece = os.pread(self._descriptor, size, offset)
+                piece = os.pread(self._descriptor, size - len(content), offset + len(content))
             except OSError as error:
                 raise OSError(error.errno, f"{self._where}: {error.strerror}") from None
             if not piece:
                 raise OSError(f"{self._where}: was cut off while it was read")
-            pieces.append(piece)
-            offset, size = offset + len(piece), size - len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            content += piece  # the first one is not copied
+        return content
 
 
 class OpenFiles:

@@ -84,6 +84,8 @@ class Packing(Dataset[Parcel]):
     def __init__(self, dataset: Dataset[Any]) -> None:
         self._dataset = dataset
         self._slots: list[Tensor] = []
+        self._states: list[memoryview] = []
+        """Of each slot its first byte, without torch."""
         self._sent: set[int] = set()
         """Slots that the training process knows."""
         self._taken: dict[int, int] = {}
@@ -98,7 +100,7 @@ class Packing(Dataset[Parcel]):
         finally:
             _packing = None
             for number in set(self._taken.values()) - {place.slot for place in places}:
-                self._slots[number][0] = _FREE
+                self._states[number][0] = _FREE
             self._taken.clear()
         self._sent.update(place.slot for place in places)
         worker = get_worker_info()
@@ -108,18 +110,19 @@ class Packing(Dataset[Parcel]):
         """A slot that is free and large enough, from now on in use."""
         number = self._free_slot(_START + num_bytes)
         slot = self._slots[number]
-        slot[0] = _IN_USE
+        self._states[number][0] = _IN_USE
         self._taken[slot.untyped_storage().data_ptr()] = number
         return slot
 
     def _free_slot(self, num_bytes: int) -> int:
-        free = [number for number, slot in enumerate(self._slots) if slot[0] == _FREE]
+        free = [number for number, state in enumerate(self._states) if state[0] == _FREE]
         for number in free:
             if len(self._slots[number]) >= num_bytes:
                 return number
         number = free[0] if free else len(self._slots)
-        self._slots[number : number + 1] = [torch.zeros(num_bytes, dtype=torch.uint8)]
-        self._slots[number].share_memory_()
+        slot = torch.zeros(num_bytes, dtype=torch.uint8).share_memory_()
+        self._slots[number : number + 1] = [slot]
+        self._states[number : number + 1] = [slot.numpy().data[:1]]
         self._sent.discard(number)
         return number
 
@@ -175,8 +178,9 @@ class Unpacking:
 
 def _freed_when_dropped(slot: Tensor) -> Tensor:
     """The bytes of a slot; it is free when no tensor that shares their storage is left."""
-    holder = slot.numpy()[:]  # the storage of a tensor made of it keeps this very object
-    weakref.finalize(holder, slot.__setitem__, 0, _FREE).atexit = False
+    memory = slot.numpy()
+    holder = memory[:]  # the storage of a tensor made of it keeps this very object
+    weakref.finalize(holder, memory.__setitem__, 0, _FREE).atexit = False
     return torch.from_numpy(holder)
 
 
@@ -188,16 +192,23 @@ def _split(item: Any) -> tuple[bytes, list[Tensor]]:
     return buffer.getvalue(), pickler.large
 
 
+_Small = np.ndarray | tuple[tuple[int, ...], str, bytearray]
+"""Shape, dtype and bytes where these lie in order: a numpy array is pickled in twice the time."""
+
+
 class _Split(pickle.Pickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self.large: list[Tensor] = []
 
-    def persistent_id(self, obj: Any) -> np.ndarray | int | None:
+    def persistent_id(self, obj: Any) -> _Small | int | None:
         if not isinstance(obj, Tensor):
             return None
         if obj.nbytes < _LARGE_BYTES and obj.dtype != torch.bfloat16:  # numpy has none
-            return obj.numpy()
+            array = obj.numpy()
+            if not array.flags.c_contiguous:
+                return array
+            return array.shape, array.dtype.char, bytearray(array.tobytes())
         self.large.append(obj)
         return len(self.large) - 1
 
@@ -207,5 +218,7 @@ class _Join(pickle.Unpickler):
         super().__init__(io.BytesIO(rest))
         self._large = large
 
-    def persistent_load(self, pid: np.ndarray | int) -> Tensor:
-        return self._large[pid] if isinstance(pid, int) else torch.from_numpy(pid)
+    def persistent_load(self, pid: _Small | int) -> Tensor:
+        if isinstance(pid, int):
+            return self._large[pid]
+        return torch.from_numpy(np.ndarray(*pid) if isinstance(pid, tuple) else pid)

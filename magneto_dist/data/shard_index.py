@@ -49,7 +49,7 @@ class Keys(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [key.decode("ascii") for key in self._keys[index].tolist()]
-        return self._keys[index].item().decode("ascii")
+        return self._keys.item(index).decode("ascii")
 
 
 @dataclass(frozen=True)

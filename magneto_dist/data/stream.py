@@ -129,27 +129,24 @@ class SampleReader:
                 check_image_size(image[1])
         except BadSample as error:
             return RawSample(sample_id, index.keys[row], shard.name, None, b"", error.reason)
-        reads_image = has_image and self._with_images is True
-        members = [annotation, image] if reads_image else [annotation]
-        content, *images = self._contents(shard.file, members)
-        picture = images[0] if reads_image else b""
-        return RawSample(
-            sample_id,
-            index.keys[row],
-            shard.name,
-            image=picture if has_image else None,
-            annotation=content,
-        )
+        picture: bytes | None = b"" if has_image else None
+        if has_image and self._with_images is True:
+            content, picture = self._both(shard.file, annotation, image)
+        else:
+            content = self.dataset.tar_storage.read(shard.file, *annotation)
+        return RawSample(sample_id, index.keys[row], shard.name, picture, content)
 
-    def _contents(self, file: str, members: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Of members (offset, size): by one read where they are neighbours, as in most tars."""
+    def _both(self, file: str, one: tuple[int, int], other: tuple[int, int]) -> tuple[bytes, bytes]:
+        """Two members (offset, size): by one read where they are neighbours, as in most tars."""
+        (offset, size), (other_offset, other_size) = one, other
         storage = self.dataset.tar_storage
-        start = min(offset for offset, _ in members)
-        end = max(offset + size for offset, size in members)
-        if end - start - sum(size for _, size in members) > _MAX_GAP_BYTES:
-            return [storage.read(file, offset, size) for offset, size in members]
+        start = min(offset, other_offset)
+        end = max(offset + size, other_offset + other_size)
+        if end - start - size - other_size > _MAX_GAP_BYTES:
+            return storage.read(file, *one), storage.read(file, *other)
         content = storage.read(file, start, end - start)
-        return [content[offset - start : offset - start + size] for offset, size in members]
+        offset, other_offset = offset - start, other_offset - start
+        return content[offset : offset + size], content[other_offset : other_offset + other_size]
 
     def _index(self, shard: Shard) -> ShardIndex:
         if shard.name not in self._indexes:
@@ -214,9 +211,9 @@ def load_rows(
                 " stages may change records and leave some out"
             )
         rows[record.sample_id] = record
-    for sample_id, sample in raw.items():
-        left_out = Reject(sample.key, sample.shard, LEFT_OUT)
-        rows.setdefault(sample_id, rejects.get(sample_id, left_out))
+    for sample_id in raw.keys() - rows.keys():
+        sample = raw[sample_id]
+        rows[sample_id] = rejects.get(sample_id) or Reject(sample.key, sample.shard, LEFT_OUT)
     return [rows[sample_id] for sample_id in sample_ids.tolist()]
 
 

@@ -15,14 +15,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from itertools import chain
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 from magneto_dist.config import TagsConfig
-from magneto_dist.data.randomness import uniform
+from magneto_dist.data.randomness import uniforms
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,14 @@ class _Items:
         return self.present & ~self.important
 
 
-@dataclass(frozen=True)
-class _Draws:
-    """Uniform numbers of the samples of a batch, by purpose."""
+class _Draws(NamedTuple):
+    """Uniform numbers in [0, 1) of the samples of a batch, by purpose."""
 
-    seed: int
-    epoch: int
-    sample_ids: Int64[np.ndarray, " batch"]
-
-    def __call__(self, purpose: str, count: int) -> Float64[np.ndarray, "batch count"]:
-        return uniform(self.seed, self.epoch, self.sample_ids, f"tags: {purpose}", count)
-
-    def up_to(
-        self, purpose: str, largest: Int64[np.ndarray, " batch"]
-    ) -> Int64[np.ndarray, " batch"]:
-        """One integer per sample, uniform from 0 to `largest` inclusive."""
-        return (self(purpose, 1)[:, 0] * (largest + 1)).astype(np.int64)
+    number_dropped: Float64[np.ndarray, "batch 1"]
+    which_dropped: Float64[np.ndarray, "batch tag"]
+    which_kept: Float64[np.ndarray, "batch tag"]
+    number_added: Float64[np.ndarray, "batch 1"]
+    which_added: Float64[np.ndarray, "batch slot"]
 
 
 def tag_rows(
@@ -129,7 +122,15 @@ def tag_rows(
     if outliers and (training or objective == "relevance"):
         raise ValueError('outliers are added in evaluation of the objective "important" only')
     items = _padded(tag_ids, important)
-    draws = _Draws(seed, epoch if training else 0, sample_ids)
+    width = items.ids.shape[1]
+    purposes = {
+        "tags: number dropped": 1,
+        "tags: which dropped": width,
+        "tags: which kept": width,
+        "tags: number added": 1,
+        "tags: which added": config.max_tags,
+    }
+    draws = _Draws(*uniforms(seed, epoch if training else 0, sample_ids, purposes))
     if objective == "relevance":
         items = _Items(items.ids, items.present, items.present)
     excluded = _sorted_tags(items, num_tags)
@@ -138,11 +139,11 @@ def tag_rows(
     if training and objective == "important":
         left = left & ~_dropped(items, config, draws)
     room = max(config.max_tags - 1, 1) if objective == "relevance" else config.max_tags
-    kept = _kept(left, items.important, room, draws if training else None)
+    kept = _kept(left, items.important, room, draws.which_kept if training else None)
 
     wanted = _num_added(items, config, draws, training, objective, outliers)
     free = np.minimum(config.max_tags - kept.sum(1), num_tags - items.num_tags)
-    added = _tags_outside(excluded, np.minimum(wanted, free), num_tags, draws)
+    added = _tags_outside(excluded, np.minimum(wanted, free), num_tags, draws.which_added)
 
     cut = left & ~kept
     return _assemble(items, kept, added, cut, num_tags, config.max_tags)
@@ -172,15 +173,15 @@ def _sorted_tags(items: _Items, num_tags: int) -> Int64[np.ndarray, "batch tag"]
 def _dropped(items: _Items, config: TagsConfig, draws: _Draws) -> Bool[np.ndarray, "batch tag"]:
     """Tag-dropping: which unimportant tags go."""
     largest = _floor_of_ratio(config.beta_drop, items.unimportant.sum(1))
-    num_dropped = draws.up_to("number dropped", largest)
-    return _first(num_dropped, items.unimportant, draws("which dropped", items.ids.shape[1]))
+    num_dropped = _up_to(largest, draws.number_dropped)
+    return _first(num_dropped, items.unimportant, draws.which_dropped)
 
 
 def _kept(
     left: Bool[np.ndarray, "batch tag"],
     important: Bool[np.ndarray, "batch tag"],
     room: int,
-    draws: _Draws | None,
+    draws: Float64[np.ndarray, "batch tag"] | None,
 ) -> Bool[np.ndarray, "batch tag"]:
     """Which tags stay where more than `room` are left; without `draws` the first ones."""
     batch, width = left.shape
@@ -189,7 +190,7 @@ def _kept(
     if draws is None:
         priority = np.broadcast_to(np.arange(width, dtype=np.float64), left.shape)
     else:
-        priority = draws("which kept", width) - important  # important ones below 0, before the rest
+        priority = draws - important  # important ones below 0, before the rest
     return _first(np.full(batch, room), left, priority)
 
 
@@ -206,7 +207,7 @@ def _num_added(
         wanted = np.maximum(_floor_of_ratio(config.irrelevant_ratio, items.num_tags), 1)
     elif training:
         largest = _floor_of_ratio(config.beta_add, items.unimportant.sum(1))
-        wanted = draws.up_to("number added", largest)
+        wanted = _up_to(largest, draws.number_added)
     else:
         wanted = np.full(len(items.ids), outliers)
     return np.where(items.num_tags > 0, wanted, 0)
@@ -216,7 +217,7 @@ def _tags_outside(
     excluded: Int64[np.ndarray, "batch tag"],
     count: Int64[np.ndarray, " batch"],
     num_tags: int,
-    draws: _Draws,
+    draws: Float64[np.ndarray, "batch slot"],
 ) -> Int64[np.ndarray, "batch added"]:
     """`count` tags per item, none of `excluded` (sorted, padded); after them padding ids.
 
@@ -226,11 +227,10 @@ def _tags_outside(
     """
     most = count.max(initial=0)
     num_allowed = num_tags - (excluded < num_tags).sum(1)
-    numbers = draws("which added", most)
     ranks = np.full((len(count), most), -1, dtype=np.int64)
     for i in range(most):
         last = num_allowed - count + i  # j; beyond an item's count the result is not used
-        rank = (numbers[:, i] * (last + 1)).astype(np.int64)
+        rank = (draws[:, i] * (last + 1)).astype(np.int64)
         is_taken = (ranks[:, :i] == rank[:, None]).any(1)
         ranks[:, i] = np.where(is_taken, last, rank)
     # The tag of rank r is r plus the number of excluded tags below it; the k-th excluded tag (from
@@ -254,21 +254,21 @@ def _assemble(
 ) -> TagRows:
     """Kept tags in their order, then added ones, then padding."""
     is_added = added < num_tags
-    never = np.zeros_like(is_added)
-    filled = np.concatenate([kept, is_added], axis=1)
-    row, column = np.nonzero(filled)
-    slot = (np.cumsum(filled, axis=1) - 1)[row, column]
-
-    def scattered(values: np.ndarray, padding: int | bool) -> np.ndarray:
-        slots = np.full((len(kept), max_tags), padding, dtype=values.dtype)
-        slots[row, slot] = values[row, column]
-        return slots
-
+    slot = np.arange(max_tags)
+    num_kept = kept.sum(1)[:, None]
+    is_kept = slot < num_kept
+    outlier = ~is_kept & (slot < num_kept + is_added.sum(1)[:, None])
+    # Marks of slots and of tags hold equally many a row, and both are gone through row by row.
+    tag_ids = np.full(outlier.shape, num_tags, dtype=np.int64)
+    tag_ids[is_kept] = items.ids[kept]
+    tag_ids[outlier] = added[is_added]
+    target = np.zeros(outlier.shape, dtype=bool)
+    target[is_kept] = items.important[kept]
     return TagRows(
-        tag_ids=scattered(np.concatenate([items.ids, added], axis=1), num_tags),
-        tag_mask=scattered(filled, False),
-        target=scattered(np.concatenate([items.important & kept, never], axis=1), False),
-        outlier=scattered(np.concatenate([np.zeros_like(kept), is_added], axis=1), False),
+        tag_ids=tag_ids,
+        tag_mask=is_kept | outlier,
+        target=target,
+        outlier=outlier,
         tags_cut=cut.sum(1),
         targets_cut=(cut & items.important).sum(1),
     )
@@ -283,8 +283,15 @@ def _first(
     order = np.argsort(np.where(candidates, priority, np.inf), axis=1, kind="stable")
     chosen = np.zeros_like(candidates)
     in_order = np.arange(candidates.shape[1]) < count[:, None]
-    np.put_along_axis(chosen, order, in_order, axis=1)
+    chosen[np.arange(len(order))[:, None], order] = in_order
     return chosen & candidates
+
+
+def _up_to(
+    largest: Int64[np.ndarray, " batch"], draws: Float64[np.ndarray, "batch 1"]
+) -> Int64[np.ndarray, " batch"]:
+    """One integer per sample, uniform from 0 to `largest` inclusive."""
+    return (draws[:, 0] * (largest + 1)).astype(np.int64)
 
 
 def _floor_of_ratio(ratio: float, counts: Int64[np.ndarray, "..."]) -> Int64[np.ndarray, "..."]:
@@ -292,6 +299,11 @@ def _floor_of_ratio(ratio: float, counts: Int64[np.ndarray, "..."]) -> Int64[np.
 
     No float takes part: 0.29 * 100 is 28.999999999999996 in floating point.
     """
+    return _floors(ratio, int(counts.max(initial=0)))[counts]
+
+
+@lru_cache(maxsize=256)
+def _floors(ratio: float, largest: int) -> Int64[np.ndarray, " count"]:
     exact = Fraction(str(ratio))
-    table = [exact.numerator * n // exact.denominator for n in range(counts.max(initial=0) + 1)]
-    return np.array(table, dtype=np.int64)[counts]
+    floors = [exact.numerator * n // exact.denominator for n in range(largest + 1)]
+    return np.array(floors, dtype=np.int64)

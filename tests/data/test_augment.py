@@ -13,7 +13,7 @@ from torchvision.transforms import AutoAugment, RandomResizedCrop
 
 from magneto_dist.config import AugmentConfig
 from magneto_dist.data.augment import evaluation_augmentation, training_augmentations
-from magneto_dist.data.auto_augment import IMAGENET_POLICY
+from magneto_dist.data.auto_augment import IMAGENET_POLICY, imagenet_operations
 
 SIDES = st.integers(1, 12) | st.integers(1, 20_000)
 CONFIGS = st.builds(
@@ -160,6 +160,17 @@ def test_the_policy_is_that_of_torchvision() -> None:
             assert operation[:2] == (name, probability)
             assert operation.magnitude == pytest.approx(magnitude, rel=1e-6)
             assert operation.signed == signed
+
+
+def test_operations_are_what_a_plain_loop_makes_of_the_draws() -> None:
+    draws = np.random.default_rng(0).random((3000, 5))
+    for row, operations in zip(draws.tolist(), imagenet_operations(draws), strict=True):
+        expected = []
+        for number, operation in enumerate(IMAGENET_POLICY[math.floor(row[0] * 25)]):
+            if row[1 + number] < operation.probability:
+                sign = -1 if operation.signed and row[3 + number] < 0.5 else 1
+                expected.append((operation.name, sign * operation.magnitude))
+        assert operations == tuple(expected)
 
 
 def test_policies_are_as_frequent_as_published() -> None:

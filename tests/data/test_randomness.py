@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magneto_dist.data.randomness import random_bits, seed_for, uniform
+from magneto_dist.data.randomness import random_bits, seed_for, uniform, uniforms
 
 NUM = 20_000
 IDS = np.arange(NUM)
@@ -72,6 +72,16 @@ def test_a_draw_depends_on_nothing_but_its_sample(
     assert whole.shape == (len(ids), count)
     assert np.array_equal(whole, np.concatenate(parts))
     assert np.array_equal(whole, uniform(0, 1, sample_ids, "p", count + more)[:, :count])
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers(0, 5), min_size=1, max_size=5))
+def test_draws_for_several_purposes_are_those_of_each(counts: dict[str, int]) -> None:
+    sample_ids = np.array([3, -1, 2**40])
+    together = uniforms(5, 6, sample_ids, counts)
+    for draws, (purpose, count) in zip(together, counts.items(), strict=True):
+        alone = random_bits(5, 6, sample_ids, purpose, count) >> np.uint64(11)
+        assert draws.shape == (3, count)
+        assert np.array_equal(draws, alone / 2**53)
 
 
 @pytest.mark.parametrize("draws", [IDS, IDS * 64, IDS + 10**12], ids=["dense", "strided", "far"])
