@@ -340,10 +340,13 @@ class _Network:
 
 @contextmanager
 def _clear_errors(folder: Path) -> Iterator[None]:
+    """InputError of what the system refuses, at the place that it names, which may be another run's
+    folder that was to make room, else at `folder`."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"{folder}: {error.strerror}: cached features cannot be written there; make room, or"
-            " choose another --data.cache_dir; chunks that are finished are kept"
+            f"{error.filename or folder}: {error.strerror}: cached features cannot be written or"
+            " removed there; make room, or choose another --data.cache_dir; chunks that are"
+            " finished are kept"
         ) from None
