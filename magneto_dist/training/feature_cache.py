@@ -6,25 +6,23 @@
    storage that several machines share, those of the first of them make all, for two machines that
    write into one file may spoil each other's blocks; a machine with a folder of its own fills that.
 3. Round by round each rank makes a chunk: the live loader, with the views' seed and the view as its
-   epoch, gives the pixels, and the backbone their features. What is finished before a kill is kept.
+   epoch, gives the pixels, and the backbone their features (`feature_network.py`). What is finished
+   before a kill is kept.
 4. The loaders of training and evaluation read them.
 """
 
 from __future__ import annotations
 
-import copy
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from magneto_dist.batch import Batch
 from magneto_dist.config import Config
@@ -36,9 +34,8 @@ from magneto_dist.data.parallel import progress_bar
 from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError, PreemptedError
 from magneto_dist.model.backbone import Backbone
-from magneto_dist.model.image_stream import region_features
-from magneto_dist.precision import HALF_DTYPES
 from magneto_dist.training.feature_key import cache_folder, ingredients, require_same
+from magneto_dist.training.feature_network import FeatureNetwork
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.session import Session
 from magneto_dist.world import World
@@ -91,11 +88,10 @@ def cached_features(
     folder = cache_folder(config, made_of)
     in_use = session.on_all(lambda: _use(folder))
     place = _place(session, folder)
-    views = session.on_all(
-        lambda: _views(config, session.world, dataset, backbone, made_of, folder)
-    )
+    network = FeatureNetwork(config, backbone, session.device)
+    views = session.on_all(lambda: _views(config, session.world, dataset, network, made_of, folder))
     session.on_all(lambda: _begin(views, config) if place.index == 0 else None)
-    _fill(_Network(config, backbone, session.device), views, place, session, stopped, whereabouts)
+    _fill(network, views, place, session, stopped, whereabouts)
     train, validation = (
         FeatureViews(
             tuple(view.writer.path for view in views if view.split == split),
@@ -171,14 +167,12 @@ def _views(
     config: Config,
     world: World,
     dataset: Dataset,
-    backbone: Backbone,
+    network: FeatureNetwork,
     made_of: dict[str, Any],
     folder: Path,
 ) -> list[_View]:
     """The files of all views of both splits."""
-    dtype = HALF_DTYPES[config.data.feature_dtype]
-    shape = _feature_shape(backbone, config.augment.image_size)
-    views = []
+    shape, views = network.shape(), []
     for split, count in (("train", config.data.feature_views), ("validation", 1)):
         loader = _loader_of_pixels(config, world, dataset, split)
         for number in range(count):
@@ -186,7 +180,7 @@ def _views(
             writer = FeatureWriter(
                 folder / name,
                 (loader.num_samples, *shape),
-                dtype,
+                network.dtype,
                 chunk_samples=_batch_size(dataset, split) * _CHUNK_BATCHES,
                 made_of=made_of,
             )
@@ -212,13 +206,6 @@ def _batch_size(dataset: Dataset, split: str) -> int:
     return min(_BATCH, dataset.num_samples(split))
 
 
-@torch.no_grad()
-def _feature_shape(backbone: Backbone, image_size: int) -> tuple[int, int]:
-    black = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
-    _, num_regions, num_channels = region_features(backbone, black).shape
-    return num_regions, num_channels
-
-
 def _begin(views: Sequence[_View], config: Config) -> None:
     """Makes the files that are not there yet, where there is room for what will fill them."""
     writers = [view.writer for view in views]
@@ -231,7 +218,7 @@ def _begin(views: Sequence[_View], config: Config) -> None:
 
 
 def _fill(
-    network: _Network,
+    network: FeatureNetwork,
     views: list[_View],
     place: _Place,
     session: Session,
@@ -287,7 +274,7 @@ def _pixels(chunks: Sequence[tuple[_View, int]]) -> Iterator[Batch]:
         yield from loader.numbered([n for view, chunk in group for n in view.micro_batches(chunk)])
 
 
-def _make(network: _Network, batches: Iterator[Batch], mine: tuple[_View, int]) -> int:
+def _make(network: FeatureNetwork, batches: Iterator[Batch], mine: tuple[_View, int]) -> int:
     """Makes one chunk; the number of its pictures."""
     view, chunk = mine
     bad: dict[int, str] = {}
@@ -300,42 +287,6 @@ def _make(network: _Network, batches: Iterator[Batch], mine: tuple[_View, int]) 
                 bad[int(batch.sample_ids[row])] = reasons[batch.keys[row]]
         view.writer.finish_chunk(chunk, bad)
     return _num_pictures(view, chunk)
-
-
-class _Network:
-    """Pixels -> features as they are kept, in the precision of training, on its device."""
-
-    def __init__(self, config: Config, backbone: Backbone, device: torch.device) -> None:
-        self._dtype, self._device = HALF_DTYPES[config.data.feature_dtype], device
-        self._stages = backbone
-        precision = HALF_DTYPES.get(config.train.precision)
-        self._autocast = torch.autocast(device.type, precision, enabled=precision is not None)
-
-    @cached_property
-    def _backbone(self) -> Backbone:
-        """A copy: the model itself goes to the device when it is prepared."""
-        return copy.deepcopy(self._stages).to(self._device)
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> Float[Tensor, "batch region channel"]:
-        """On the CPU, zero in rows that are not valid.
-
-        Raises:
-            InputError: one of them is not finite in the dtype that is kept.
-        """
-        assert batch.pixels is not None
-        with self._autocast:
-            features = region_features(self._backbone, batch.pixels.to(self._device))
-        features = features.to(self._dtype).cpu()
-        features[~batch.sample_valid] = 0
-        finite = features.isfinite().flatten(1).all(1)
-        if not finite.all():
-            key = batch.keys[int((~finite).nonzero()[0])]
-            raise InputError(
-                f"the features of {key} are not finite numbers in {self._dtype}: set"
-                " --data.feature_dtype bf16, or look at --model.backbone_weights"
-            )
-        return features
 
 
 @contextmanager
