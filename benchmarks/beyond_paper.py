@@ -23,7 +23,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import skewed_demo
-from harness import parser, provenance, save
+from command_line import at_least, folder_to_fill, parser
+from harness import provenance, save
 from magneto_dist.config import Config
 from magneto_dist.config_io import parse_command_line
 from magneto_dist.data.sources import demo
@@ -43,6 +44,8 @@ Metrics = dict[str, float]
 def main() -> None:
     """Command line -> a table, and a file with --out."""
     given = _options()
+    for option in (PUBLISHED, given.option):  # what is wrong with a setting shows now
+        _config(given, next(iter(DATA_SETS)), _weights(given), option, given.seeds[0])
     for name, load in DATA_SETS.items():
         if not (given.work / name / "dataset.json").exists():
             skewed_demo.build(given.work / name, load, given.items)
@@ -63,14 +66,20 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     options = parser(__doc__, timed=False)
-    options.add_argument("--work", type=Path, required=True, help="folder of data sets and runs")
+    options.add_argument(
+        "--work", type=folder_to_fill, required=True, help="folder of data sets and runs"
+    )
     options.add_argument(
         "--option", default="model.mapping=bilinear", help="a setting (default: %(default)s)"
     )
-    options.add_argument("--items", type=int, default=4000, help="to train on, and to validate on")
-    options.add_argument("--epochs", type=int, default=8, help="of each run (default: 8)")
-    options.add_argument("--views", type=int, default=6, help="of each picture (default: 6)")
-    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options.add_argument(
+        "--items", type=at_least(4), default=4000, help="to train on, and to validate on"
+    )
+    options.add_argument("--epochs", type=at_least(1), default=8, help="of each run (default: 8)")
+    options.add_argument(
+        "--views", type=at_least(1), default=6, help="of each picture (default: 6)"
+    )
+    options.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2])
     options.add_argument("extra", nargs="*", help="settings of all runs, after --")
     return options.parse_args()
 
@@ -82,10 +91,14 @@ def _backbone(given: argparse.Namespace) -> Path:
         demo.build(data, given.items, seed=1, num_processes=1)
     settings = {"data.path": data, "output_dir": run, "data.num_workers": 0, "train.epochs": 8}
     run_training(_parse(given, settings))
-    weights = run.with_suffix(".safetensors")
+    weights = _weights(given)
     if not weights.exists():
         write_backbone(run, weights)
     return weights
+
+
+def _weights(given: argparse.Namespace) -> Path:
+    return given.work / "backbone.safetensors"
 
 
 def _config(given: argparse.Namespace, name: str, weights: Path, option: str, seed: int) -> Config:

@@ -18,12 +18,14 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from harness import compare_measured, parser, report
+from command_line import folder_to_fill, parser
+from harness import compare_measured, report
 from magneto_dist.config import CheckpointConfig, Config, LogConfig, ModelConfig
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources.demo import ensure_demo
+from magneto_dist.errors import exit_with_clear_errors
 from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.model.magneto import build_model
 from magneto_dist.training.checkpoint import Progress
@@ -39,7 +41,7 @@ BATCH = 4
 def main() -> None:
     """Command line -> table, and a file with --out."""
     options = parser(__doc__)
-    options.add_argument("--folder", help="default: a temporary one")
+    options.add_argument("--folder", type=folder_to_fill, help="default: a temporary one")
     given = options.parse_args()
     written_s: dict[str, list[float]] = {"waited for": [], "by a thread": []}
     with TemporaryDirectory(dir=given.folder) as folder:
@@ -88,4 +90,4 @@ def _stall_s(writer: CheckpointWriter, step: Callable[[], None], written_s: list
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_clear_errors(main)

@@ -31,6 +31,7 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS
 import torch
 from tqdm import tqdm
 
+from command_line import above_zero, at_least, between, parser
 from communication_model import (
     FLOAT,
     STRATEGIES,
@@ -41,7 +42,7 @@ from communication_model import (
     table_lines,
     total_wire_bytes,
 )
-from communication_projection import LINKS, flops_per_item, make_projection, plot
+from communication_projection import LINKS, flops_per_item, links_of, make_projection, plot
 from communication_ranks import Traffic, run_ranks, shapes_of, traffic_of
 from communication_rows import (
     LS_TAGS,
@@ -51,13 +52,14 @@ from communication_rows import (
     time_ways,
     train_ways,
 )
-from harness import RESULTS, parser, save
+from harness import RESULTS, save
 from magneto_dist.config import Config
 from magneto_dist.config_io import load_config
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources import demo
+from magneto_dist.errors import exit_with_clear_errors
 from magneto_dist.metrics import metric_sums
 from magneto_dist.model.magneto import build_model
 from magneto_dist.world import World
@@ -70,6 +72,7 @@ LS_BATCH = 256  # items; paper, appendix A.1
 def main() -> None:
     """Command line -> tables, and with --out a file and a plot."""
     given = _options().parse_args()
+    links = links_of(given.link)
     found: dict[str, Any] = {"question": "bytes and time of communication in distributed training"}
     with TemporaryDirectory() as folder:
         sizes = _sizes(Path(folder), given)
@@ -79,11 +82,13 @@ def main() -> None:
             found["embedding"] = measure_embedding(sizes["ls"], given)
             ls = sizes["ls"]
             flops = flops_per_item(ls.config.model)
-            found["projection"] = make_projection(found["traffic"], ls.shapes(), flops, given)
-            if given.out:
-                plot(found["projection"], RESULTS / f"{given.out}.png")
+            found["projection"] = make_projection(
+                found["traffic"], ls.shapes(), flops, links, given
+            )
     if given.out:
         save(given.out, found)
+    if given.out and not given.quick:
+        plot(found["projection"], RESULTS / f"{given.out}.png")
     if given.quick:
         print(json.dumps(found["traffic"]))
 
@@ -92,15 +97,15 @@ def _options() -> argparse.ArgumentParser:
     made = parser(__doc__)
     made.add_argument("--quick", action="store_true", help="part 1 of DDP and ZeRO-1, small model")
     add = made.add_argument_group("assumptions").add_argument
-    add("--zipf", type=float, default=1.0, help="exponent of tag frequencies (default: 1)")
-    add("--items", type=int, nargs="+", default=[256, 32], help="per GPU and step (default: both"
-        " 256 and 32)")  # fmt: skip
-    add("--peak_tflops", type=float, default=13.45, help="of a GPU, float32 (default: 13.45, the"
-        " paper's RTX 2080 Ti)")  # fmt: skip
-    add("--efficiency", type=float, default=0.4, help="fraction of the peak that training reaches"
-        " (default: 0.4)")  # fmt: skip
-    add("--overlap", type=float, default=0.75, help="fraction of communication that may hide"
-        " behind computation (default: 0.75, all but the embedding, which comes last)")  # fmt: skip
+    add("--zipf", type=between(0, 10), default=1.0, help="exponent of tag frequencies (default: 1)")
+    add("--items", type=at_least(1), nargs="+", default=[256, 32], help="per GPU and step (default:"
+        " both 256 and 32)")  # fmt: skip
+    add("--peak_tflops", type=above_zero, default=13.45, help="of a GPU, float32 (default: 13.45,"
+        " the paper's RTX 2080 Ti)")  # fmt: skip
+    add("--efficiency", type=between(0.001, 1), default=0.4, help="fraction of the peak that"
+        " training reaches (default: 0.4)")  # fmt: skip
+    add("--overlap", type=between(0, 1), default=0.75, help="fraction of communication that may"
+        " hide behind computation (default: 0.75, all but the embedding, the last)")  # fmt: skip
     links = "; ".join(f"{k.name} {k.gigabytes_per_s:g} {k.latency_us:g}" for k in LINKS)
     add("--link", nargs=3, action="append", metavar=("NAME", "GB/S", "US"), help="1e9 B/s per"
         " direction, as collectives reach it; microseconds of latency per hop; several times for"
@@ -315,4 +320,4 @@ def _row_line(
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_clear_errors(main)

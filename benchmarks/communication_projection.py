@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from command_line import above_zero, between
 from communication_model import (
     STRATEGIES,
     Link,
@@ -23,6 +25,7 @@ from communication_model import (
 from communication_rows import LS_TAGS
 from magneto_dist.config import ModelConfig
 from magneto_dist.config_io import load_config
+from magneto_dist.errors import InputError
 from magneto_dist.model.magneto import build_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -35,8 +38,27 @@ LINKS = (
 RANKS = (8, 64, 512)
 
 
+def links_of(given: Sequence[Sequence[str]] | None) -> Sequence[Link]:
+    """Those that `--link` describes, each by name, GB/s and microseconds; None: `LINKS`.
+
+    Raises:
+        InputError: what should be a number is none, or too small.
+    """
+    links = []
+    for name, gigabytes_per_s, latency_us in given or ():
+        try:
+            links.append(Link(name, above_zero(gigabytes_per_s), between(0, 1e6)(latency_us)))
+        except (ValueError, ArgumentTypeError) as error:
+            raise InputError(f"--link {name} {gigabytes_per_s} {latency_us}: {error}") from None
+    return links or LINKS
+
+
 def make_projection(
-    traffic: Sequence[dict[str, Any]], shapes: Shapes, flops: float, given: argparse.Namespace
+    traffic: Sequence[dict[str, Any]],
+    shapes: Shapes,
+    flops: float,
+    links: Sequence[Link],
+    given: argparse.Namespace,
 ) -> dict[str, Any]:
     """Weak scaling of LS on every link, from the collectives that were counted in two ranks.
 
@@ -44,9 +66,9 @@ def make_projection(
         traffic: rows of `communication.measure_traffic`; those of "ls" are used.
         shapes: of its weights.
         flops: of a training step, for one item.
-        given: the assumptions.
+        links: that GPUs are joined by.
+        given: the other assumptions.
     """
-    links = [Link(n, float(b), float(us)) for n, b, us in given.link] if given.link else LINKS
     rows = []
     for items in given.items:
         compute_s = items * flops / (given.peak_tflops * 1e12 * given.efficiency)

@@ -12,18 +12,20 @@ Exit code 0: nothing differs; 1: something does; 2: they cannot be compared.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from command_line import Parser, between
 from magneto_dist.errors import InputError, exit_with_clear_errors
 
 HARDWARE = ("cpu", "cores", "gpu")
 LEAST_ROUNDS = 5
+NEEDED = {"name", "per_s", "slowest_per_s", "fastest_per_s"}
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,15 @@ def main() -> None:
     sys.exit(any(difference.verdict in ("faster", "slower") for difference in differences))
 
 
-def _parse() -> argparse.Namespace:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parse() -> Namespace:
+    options = Parser(__doc__)
     options.add_argument("before", type=Path, metavar="A.json")
     options.add_argument("after", type=Path, metavar="B.json")
     options.add_argument(
-        "--least", type=float, default=2.0, help="smallest difference, per cent (default: 2)"
+        "--least",
+        type=between(0, 100),
+        default=2.0,
+        help="smallest difference, per cent (default: 2)",
     )
     options.add_argument(
         "--other_hardware", action="store_true", help="compare although the machines differ"
@@ -84,7 +87,8 @@ def _read(path: Path) -> dict[str, Any]:
         result = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no result can be read ({error})") from None
-    if not isinstance(result, dict) or not result.get("timings"):
+    timings = result.get("timings") if isinstance(result, dict) else None
+    if not timings or not all(isinstance(t, dict) and t.keys() >= NEEDED for t in timings):
         raise InputError(f"{path}: no timings in it; take what a benchmark wrote with --out")
     return result
 

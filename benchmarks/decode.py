@@ -21,26 +21,30 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from harness import compare, parser, report
+from command_line import at_least, folder_of_jpegs, parser
+from harness import compare, report
 from magneto_dist.config import AugmentConfig
 from magneto_dist.data.augment import Augmentation, training_augmentations
-from magneto_dist.data.decode_cpu import CpuDecoder
+from magneto_dist.data.decode_cpu import CpuDecoder, check_image_decodes
 from magneto_dist.data.encoded_images import encoded_images
+from magneto_dist.data.sample import BadSample
+from magneto_dist.errors import InputError, exit_with_clear_errors
 
 Pixels = np.ndarray
 Box = tuple[int, int, int, int]
+MAX_MEGAPIXELS = 100.0
 
 
 def main() -> None:
     """Command line -> table, and a file with --out."""
     options = parser(__doc__)
-    options.add_argument("--photos", type=Path, required=True, help="folder with *.jpg")
+    options.add_argument("--photos", type=folder_of_jpegs, required=True, help="folder with *.jpg")
     options.add_argument("--question", choices=("decode", "resize", "decoders"), required=True)
-    options.add_argument("--size", type=int, default=224, help="pixels (default: 224)")
+    options.add_argument("--size", type=at_least(1), default=224, help="pixels (default: 224)")
     given = options.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    images = [path.read_bytes() for path in sorted(given.photos.glob("*.jpg"))]
+    images = [_read(path) for path in sorted(given.photos.glob("*.jpg"))]
     numbers = np.arange(len(images))
     augmentations = training_augmentations(0, 0, numbers, AugmentConfig(image_size=given.size))
     if given.question == "decode":
@@ -66,6 +70,17 @@ def main() -> None:
     report(question, compare(ways, len(images), given.rounds, notes), given.out)
 
 
+def _read(path: Path) -> bytes:
+    content = path.read_bytes()
+    try:
+        kind = check_image_decodes(content, MAX_MEGAPIXELS).kind
+    except BadSample as error:
+        raise InputError(f"{path}: {error}") from None
+    if kind != "jpg":
+        raise InputError(f"{path}: is a {kind} picture; give JPEGs")
+    return content
+
+
 def _each(work: Callable[[Any], object], items: Iterable[Any]) -> None:
     """Keeps no result: fresh memory for every picture would be a third of the time."""
     for item in items:
@@ -77,7 +92,7 @@ def _decoders(
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     from magneto_dist.data.decode_dali import DaliDecoder
 
-    cpu = CpuDecoder(size, 100.0)
+    cpu = CpuDecoder(size, MAX_MEGAPIXELS)
     plain = [replace(augmentation, operations=()) for augmentation in augmentations]
     ways: dict[str, Callable[[], object]] = {}
     notes: dict[str, str] = {}
@@ -144,4 +159,4 @@ RESIZE: dict[str, Callable[[bytes, Box, int], Pixels]] = {
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_clear_errors(main)

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from harness import Timing, compare, parser, save
+from command_line import at_least, parser
+from harness import Timing, compare, save
 from magneto_dist.config_io import load_config
 from magneto_dist.data.items import Items, open_items
 from magneto_dist.data.sources import table
@@ -53,7 +54,7 @@ def main() -> None:
     """Command line -> tables, and a file with --out."""
     options = parser(__doc__)
     options.add_argument("--photos", required=True, help="table of pictures and important tags")
-    options.add_argument("--epochs", type=int, default=20, help="of training (default: 20)")
+    options.add_argument("--epochs", type=at_least(1), default=20, help="of training (default: 20)")
     options.add_argument("--backbone", default="resnet18", help="frozen whole, all its stages")
     options.add_argument("--backbone_weights", default="none")
     options.add_argument("--skip_ls", action="store_true", help="the trained model alone")

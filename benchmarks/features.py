@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness import Timing, compare, parser, save
+from command_line import at_least, parser
+from harness import Timing, compare, save
 from magneto_dist.config import Config
 from magneto_dist.config_io import load_config
 from magneto_dist.data.loader import Loader
@@ -36,6 +37,7 @@ from magneto_dist.data.shards import Dataset
 from magneto_dist.data.sources import demo
 from magneto_dist.errors import exit_with_clear_errors
 from magneto_dist.loss import count_for_loss, ets_loss
+from magneto_dist.model.backbone import build_backbone
 from magneto_dist.model.encoder import pack_tags
 from magneto_dist.model.magneto import build_model
 from magneto_dist.recipe import run_training
@@ -60,16 +62,19 @@ class Built:
 def main() -> None:
     """Command line -> tables, and a file with --out."""
     options = parser(__doc__)
-    options.add_argument("--items", type=int, default=600, help="for training (default: 600)")
-    options.add_argument("--views", type=int, nargs="+", default=[1, 2, 4, 8])
-    options.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
-    options.add_argument("--epochs", type=int, default=16, help="of each run (default: 16)")
+    options.add_argument(
+        "--items", type=at_least(4), default=600, help="for training (default: 600)"
+    )
+    options.add_argument("--views", type=at_least(1), nargs="+", default=[1, 2, 4, 8])
+    options.add_argument(
+        "--seeds", type=at_least(1), default=3, help="runs of each kind (default: 3)"
+    )
+    options.add_argument("--epochs", type=at_least(1), default=16, help="of each run (default: 16)")
     options.add_argument("--backbone", default="resnet18")
     options.add_argument("--backbone_weights", default="none")
-    options.add_argument("--backbone_stages", type=int, default=3)
+    options.add_argument("--backbone_stages", type=at_least(1), default=3)
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        demo.build(Path(folder, "demo"), given.items)
         nus_wide = demo_config("nuswide.yaml", Path(folder), given.epochs, backbone_weights="none")
         config = demo_config(
             "demo.yaml",
@@ -79,6 +84,8 @@ def main() -> None:
             backbone_weights=given.backbone_weights,
             backbone_stages=given.backbone_stages,
         )
+        build_backbone(config.model)  # shows what is wrong with it
+        demo.build(Path(folder, "demo"), given.items)
         built, timings = _speed(nus_wide, given.rounds)
         f1 = {views: _f1(config, views, given.seeds) for views in (LIVE, *given.views)}
     _print(built, timings, f1)

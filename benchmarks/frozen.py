@@ -21,8 +21,9 @@ from statistics import mean, stdev
 import torch
 from torch import Tensor, nn
 
+from command_line import at_least, parser
 from features import demo_config, f1_after_training
-from harness import Timing, compare, parser, save
+from harness import Timing, compare, save
 from magneto_dist.config import Precision
 from magneto_dist.config_io import load_config
 from magneto_dist.data.sources import demo
@@ -36,17 +37,18 @@ PICTURES = 32
 def main() -> None:
     """Command line -> tables, and a file with --out."""
     options = parser(__doc__)
-    options.add_argument("--items", type=int, default=400, help="for training (default: 400)")
-    options.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
-    options.add_argument("--epochs", type=int, default=12, help="of each run (default: 12)")
+    options.add_argument(
+        "--items", type=at_least(4), default=400, help="for training (default: 400)"
+    )
+    options.add_argument(
+        "--seeds", type=at_least(1), default=3, help="runs of each kind (default: 3)"
+    )
+    options.add_argument("--epochs", type=at_least(1), default=12, help="of each run (default: 12)")
     options.add_argument("--backbone", default="resnet18")
     options.add_argument("--backbone_weights", default="none")
-    options.add_argument("--backbone_stages", type=int, default=3)
+    options.add_argument("--backbone_stages", type=at_least(1), default=3)
     given = options.parse_args()
-    timings = _forward(given.rounds)
-    _print_timings(timings)
     with tempfile.TemporaryDirectory() as folder:
-        demo.build(Path(folder, "demo"), given.items)
         config = demo_config(
             "demo.yaml",
             Path(folder),
@@ -55,6 +57,10 @@ def main() -> None:
             backbone_weights=given.backbone_weights,
             backbone_stages=given.backbone_stages,
         )
+        build_backbone(config.model)  # shows what is wrong with it
+        timings = _forward(given.rounds)
+        _print_timings(timings)
+        demo.build(Path(folder, "demo"), given.items)
         f1: dict[str, list[float]] = {}
         for precision in PRECISIONS:
             model = replace(config.model, frozen_precision=precision)

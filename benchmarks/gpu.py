@@ -19,20 +19,22 @@ begins; a part that fails, hangs or finds no time left costs only itself. The or
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS, Namespace
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from command_line import Parser, above_zero, at_least, folder_of_jpegs, folder_to_fill
 from gpu_parts import Part, plan
 from gpu_runs import Outcome, run_part
 from harness import RESULTS, save
+from magneto_dist.errors import InputError, exit_with_clear_errors
 
 LOG_TAIL = 2000  # characters
 
@@ -56,31 +58,33 @@ def main() -> None:
     sys.exit(any(outcome.state != "done" for outcome in outcomes))
 
 
-def _parse() -> argparse.Namespace:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def _parse() -> Namespace:
+    options = Parser(__doc__)
+    options.add_argument("--photos", type=folder_of_jpegs, required=True, help="folder with *.jpg")
+    options.add_argument(
+        "--work", type=folder_to_fill, help="keeps shards, runs, logs (default: does not)"
     )
-    options.add_argument("--photos", type=Path, required=True, help="folder with *.jpg")
-    options.add_argument("--work", type=Path, help="keeps shards, runs, logs (default: does not)")
-    options.add_argument("--results", type=Path, help="for JSON (default: benchmarks/results)")
+    options.add_argument(
+        "--results", type=folder_to_fill, help="for JSON (default: benchmarks/results)"
+    )
     options.add_argument(
         "--parts", nargs="+", default=[""], help="whose names begin so (default: all)"
     )
     options.add_argument(
-        "--total_s", type=float, default=600, help="seconds for all parts (default: 600)"
+        "--total_s", type=above_zero, default=600, help="seconds for all parts (default: 600)"
     )
-    options.add_argument("--items", type=int, help="photographs (default: 4096; dry run: 288)")
+    options.add_argument(
+        "--items", type=at_least(8), help="photographs (default: 4096; dry run: 288)"
+    )
     options.add_argument("--dry_run", action="store_true", help="on CPU, tiny")
-    options.add_argument("--num_tags", type=int, help=argparse.SUPPRESS)
-    options.add_argument("--make_shards", action="store_true", help=argparse.SUPPRESS)
+    options.add_argument("--num_tags", type=at_least(5), help=SUPPRESS)
+    options.add_argument("--make_shards", action="store_true", help=SUPPRESS)
     given = options.parse_args()
     given.items = given.items or (288 if given.dry_run else 4096)
     given.num_tags = given.num_tags or (50 if given.dry_run else 24_056)
-    if not any(given.photos.glob("*.jpg")):
-        options.error(f"--photos {given.photos}: no *.jpg there")
     makes_shards_alone = given.make_shards or given.parts == ["shards"]
     if not (given.dry_run or makes_shards_alone or torch.cuda.is_available()):
-        options.error("there is no CUDA device; --dry_run tries the command out without one")
+        raise InputError("there is no CUDA device; --dry_run tries the command out without one")
     return given
 
 
@@ -88,14 +92,11 @@ def _named(name: str, parts: list[Part]) -> list[Part]:
     named = [part for part in parts if part.name.startswith(name)]
     if not named:
         known = ", ".join(part.name for part in parts)
-        print(f"error: --parts {name}: there are {known}", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(f"--parts {name}: there are {known}")
     return named
 
 
-def _run_all(
-    parts: list[Part], work: Path, results: Path, given: argparse.Namespace
-) -> list[Outcome]:
+def _run_all(parts: list[Part], work: Path, results: Path, given: Namespace) -> list[Outcome]:
     ends_at_s = time.monotonic() + given.total_s
     prefix = "dry_run" if given.dry_run else "gpu"
     outcomes = []
@@ -176,4 +177,4 @@ def make_shards(photos: Path, work: Path, num_items: int, num_tags: int) -> None
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_clear_errors(main)

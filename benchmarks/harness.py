@@ -6,7 +6,6 @@ called in each round, in an order that turns, and judged by its median round.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -161,9 +160,9 @@ def reason_of(stderr: str) -> str:
 
 def save(out: str, measured: Mapping[str, object], folder: Path = RESULTS) -> None:
     """Writes what was measured, with its provenance, to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({**provenance(), **measured}, indent=1)
-    (folder / f"{out}.json").write_text(content + "\n")
+    path = folder / f"{out}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**provenance(), **measured}, indent=1) + "\n")
 
 
 def provenance() -> dict[str, object]:
@@ -185,18 +184,6 @@ def provenance() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
-
-
-def parser(doc: str | None, *, timed: bool = True, rounds: int = 7) -> argparse.ArgumentParser:
-    """The options that every benchmark has; `--rounds` those that take times."""
-    made = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    if timed:
-        said = f"timed calls of each (default: {rounds})"
-        made.add_argument("--rounds", type=int, default=rounds, help=said)
-    made.add_argument("--out", help="write benchmarks/results/OUT.json (default: only print)")
-    return made
 
 
 def _command() -> str:

@@ -37,7 +37,8 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from harness import compare_measured, parser, report
+from command_line import at_least, folder_of_jpegs, folder_to_fill, parser
+from harness import compare_measured, reason_of, report
 from magneto_dist.config import AugmentConfig, Config, DataConfig, Decoder, TrainConfig
 from magneto_dist.data.augment import training_augmentations
 from magneto_dist.data.decode_cpu import CpuDecoder
@@ -46,6 +47,7 @@ from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.sample import Sample
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.writer import write_dataset
+from magneto_dist.errors import InputError, exit_with_clear_errors
 from magneto_dist.vocabulary import Vocabulary
 from magneto_dist.world import World
 
@@ -81,29 +83,45 @@ class Setting:
 def main() -> None:
     """Command line -> table, and a file with --out."""
     options = parser(__doc__)
-    options.add_argument("--photos", type=Path, required=True, help="folder with *.jpg")
-    options.add_argument("--items", type=int, default=4096, help="photographs (default: 4096)")
-    options.add_argument("--size", type=int, default=224, help="pixels (default: 224)")
-    options.add_argument("--batch_size", type=int, default=64, help="(default: 64)")
-    options.add_argument("--workers", type=int, default=2, help="processes or threads (default: 2)")
+    options.add_argument("--photos", type=folder_of_jpegs, required=True, help="folder with *.jpg")
+    options.add_argument(
+        "--items", type=at_least(1), default=4096, help="photographs (default: 4096)"
+    )
+    options.add_argument("--size", type=at_least(1), default=224, help="pixels (default: 224)")
+    options.add_argument("--batch_size", type=at_least(1), default=64, help="(default: 64)")
+    options.add_argument(
+        "--workers", type=at_least(1), default=2, help="processes or threads (default: 2)"
+    )
     options.add_argument("--policy", action="store_true", help="with AutoAugment")
     options.add_argument("--only", nargs="*", help="loaders whose name contains one of these")
     options.add_argument("--alone", help=argparse.SUPPRESS)  # one loader, in this process
     options.add_argument("--url", help=argparse.SUPPRESS)
-    options.add_argument("--folder", type=Path, help="keeps the photographs (default: does not)")
+    options.add_argument(
+        "--folder", type=folder_to_fill, help="keeps the photographs (default: does not)"
+    )
     given = options.parse_args()
     if given.alone:
         _run_alone(given)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
-        names = [n for n in _loaders() if not given.only or any(part in n for part in given.only)]
+        names = _names(given)
         _make(folder, given.photos, given.items, names)
         with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=folder)) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             given.url = f"http://127.0.0.1:{server.server_address[1]}"
             _compare(given, folder, names)
             server.shutdown()
+
+
+def _names(given: argparse.Namespace) -> list[str]:
+    least = (WARM_BATCHES + given.workers) * given.batch_size  # each may be left with some
+    if given.items < least:
+        raise InputError(f"--items {given.items}: at least {least}, most of which warm up")
+    names = [n for n in _loaders() if not given.only or any(part in n for part in given.only)]
+    if not names:
+        raise InputError(f"--only {' '.join(given.only)}: there are {', '.join(_loaders())}")
+    return names
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -147,7 +165,7 @@ def _start(name: str, folder: Path, given: argparse.Namespace, *, watch_memory: 
         time.sleep(0.2)
     output, errors = process.communicate()
     if process.returncode != 0:
-        raise SystemExit(f"{name} failed: {errors.decode()[-2000:]}")
+        raise InputError(f"{name} failed: {reason_of(errors.decode())}")
     return peak / 1e6 if watch_memory else json.loads(output.splitlines()[-1])
 
 
@@ -200,13 +218,23 @@ def make_photographs(photos: Path, num_items: int) -> dict[str, bytes]:
     Args:
         photos: folder with the JPEGs that they are parts of.
         num_items: how many.
+
+    Raises:
+        InputError: one of those is no picture.
     """
-    originals = [Image.open(path).convert("RGB") for path in sorted(photos.glob("*.jpg"))]
+    originals = [_read(path) for path in sorted(photos.glob("*.jpg"))]
     generator = np.random.default_rng(0)
     return {
         f"photo-{number:06}": _photograph(originals[number % len(originals)], generator)
         for number in range(num_items)
     }
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:  # PIL.UnidentifiedImageError is one
+        raise InputError(f"{path}: no picture can be read ({error})") from None
 
 
 def _write_shards(folder: Path, photographs: dict[str, bytes]) -> None:
@@ -284,12 +312,12 @@ def _decode_only(setting: Setting, augmented: bool) -> Iterator[int]:
     context = multiprocessing.get_context("fork")
     done = context.Queue()
     paths = sorted((setting.folder / "files").iterdir())
-    for worker in range(setting.num_workers):
-        share = paths[worker :: setting.num_workers]
+    shares = [paths[worker :: setting.num_workers] for worker in range(setting.num_workers)]
+    for share in shares:
         context.Process(
             target=_decode_share, args=(setting, share, augmented, done), daemon=True
         ).start()
-    for _ in range(len(paths) // setting.batch_size):
+    for _ in range(sum(len(share) // setting.batch_size for share in shares)):
         yield done.get()
 
 
@@ -332,4 +360,4 @@ def _loaders() -> dict[str, Callable[[Setting], Iterator[int]]]:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_clear_errors(main)

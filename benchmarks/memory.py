@@ -23,11 +23,14 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from harness import RESULTS, parser, save
+from command_line import above_zero, at_least, folder_to_fill, parser
+from harness import RESULTS, save
 from magneto_dist.config import Config
 from magneto_dist.config_io import load_config
+from magneto_dist.errors import InputError, exit_with_clear_errors
 from predicted_memory import StepMemory, predict
 from step_memory import Measured, measure
 
@@ -78,6 +81,8 @@ class Case:
 def main() -> None:
     """Command line -> table, plot, and files with --out."""
     given = _options().parse_args()
+    if given.measured and not torch.cuda.is_available():
+        raise InputError("--measured: there is no CUDA device")
     config = load_config(given.config)
     budget = int(given.budget_gb * 1e9)
     cases = [
@@ -122,10 +127,17 @@ def _options() -> argparse.ArgumentParser:
         "--config", type=Path, default=Path("configs/ls.yaml"), help="(default: LS)"
     )
     options.add_argument(
-        "--num_tags", type=int, default=24_056, help="of the vocabulary (default: 24056, LS)"
+        "--num_tags",
+        type=at_least(1),
+        default=24_056,
+        help="of the vocabulary (default: 24056, LS)",
     )
     options.add_argument(
-        "--micro_batches", type=int, nargs="+", default=[64, 128, 256], help="(default: 64 128 256)"
+        "--micro_batches",
+        type=at_least(1),
+        nargs="+",
+        default=[64, 128, 256],
+        help="(default: 64 128 256)",
     )
     options.add_argument(
         "--precisions",
@@ -138,11 +150,13 @@ def _options() -> argparse.ArgumentParser:
         "--checkpointing", choices=("no", "yes", "both"), default="both", help="(default: both)"
     )
     options.add_argument(
-        "--budget_gb", type=float, default=10.5, help="1e9 bytes of the GPU (default: 10.5)"
+        "--budget_gb", type=above_zero, default=10.5, help="1e9 bytes of the GPU (default: 10.5)"
     )
     options.add_argument("--quick", action="store_true", help="do not look for the largest")
     options.add_argument("--measured", action="store_true", help="also on this machine's GPU")
-    options.add_argument("--snapshots", type=Path, help="folder for the allocator's history")
+    options.add_argument(
+        "--snapshots", type=folder_to_fill, help="folder for the allocator's history"
+    )
     options.add_argument("--limit", action="store_true", help="with --measured: no more memory")
     return options
 
@@ -269,4 +283,4 @@ def plot(rows: Sequence[dict], budget: int, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_clear_errors(main)

@@ -19,7 +19,6 @@ Only numbers are calibrated: no conclusion about people's tags can be drawn from
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import shutil
@@ -28,8 +27,10 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line import Parser, at_least, folder_to_fill
 from magneto_dist.data.sources.nus_wide import PUBLISHED
 from magneto_dist.data.sources.nus_wide_files import Distribution, item_id, read_distribution
+from magneto_dist.errors import InputError, exit_with_clear_errors
 
 TAGS_MEAN, TAGS_STD, TAGS_MAX = 0.871469, 1.213628, 20
 """Tags of an image, over all images; as published."""
@@ -54,9 +55,14 @@ def write_root(
         images: compressed CSV with a header, and columns path and split ("train" or "test").
         known: item id -> the tags that it really has, which cover its labels.
         seed: of all that is drawn.
+
+    Raises:
+        InputError: a file is not there, or not what it should be.
     """
+    out.mkdir(parents=True, exist_ok=True)
     for source in (groundtruth, concepts):
-        out.mkdir(parents=True, exist_ok=True)
+        if not source.is_file():
+            raise InputError(f"{source}: there is no such file")
         shutil.copyfile(source, out / source.name)
     _write_lists(out / "ImageList", images)
     num_images = (out / "ImageList/Imagelist.txt").read_bytes().count(b"\n")
@@ -207,8 +213,13 @@ def _which(
 
 def _write_lists(folder: Path, images: Path) -> None:
     folder.mkdir(exist_ok=True)
-    with gzip.open(images, "rt", newline="") as file:
-        rows = [(row["path"].replace("/", "\\"), row["split"]) for row in csv.DictReader(file)]
+    try:
+        with gzip.open(images, "rt", newline="") as file:
+            rows = [(row["path"].replace("/", "\\"), row["split"]) for row in csv.DictReader(file)]
+    except (OSError, EOFError, ValueError, KeyError, csv.Error) as error:
+        raise InputError(f"{images}: no list of images can be read ({error!r})") from None
+    if len(rows) != PUBLISHED["listed"]:
+        raise InputError(f"{images}: lists {len(rows)} images, not {PUBLISHED['listed']}")
     for name, splits in (("Image", ("train", "test")), ("Train", ("train",)), ("Test", ("test",))):
         listed = "".join(f"{path}\r\n" for path, split in rows if split in splits)
         file_name = "Imagelist.txt" if name == "Image" else f"{name}Imagelist.txt"
@@ -225,12 +236,12 @@ def _write_flags(path: Path, flags: np.ndarray) -> None:
 
 def main() -> None:
     """Command line -> a distribution."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--groundtruth", type=Path, required=True, help="Groundtruth.zip")
     parser.add_argument("--concepts", type=Path, required=True, help="ConceptsList.zip")
     parser.add_argument("--images", type=Path, required=True, help=".csv.gz with path and split")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=folder_to_fill, required=True, help="folder to write")
+    parser.add_argument("--seed", type=at_least(0), default=0)
     options = parser.parse_args()
     write_root(
         options.out, options.groundtruth, options.concepts, options.images, None, options.seed
@@ -238,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_clear_errors(main)

@@ -26,12 +26,14 @@ from statistics import median
 import numpy as np
 from tqdm import tqdm
 
-from harness import parser, save
+from command_line import at_least, parser
+from harness import save
 from magneto_dist.data.dataset_file import DATASET_FILE, VOCABULARY_FILE, Shard, dataset_bytes
 from magneto_dist.data.order import BatchPlan, Order, micro_batch_sample_ids
 from magneto_dist.data.shard_index import Member, index_bytes, index_name
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.stream import SampleReader
+from magneto_dist.errors import InputError, exit_with_clear_errors
 from magneto_dist.vocabulary import Vocabulary
 
 NUM_CLASSES = 1000
@@ -41,11 +43,15 @@ IMAGE_BYTES, ANNOTATION_BYTES = 50_000, 100  # of every sample, in the data set 
 def main() -> None:
     """Command line -> three tables, and a file with --out."""
     options = parser(__doc__)
-    options.add_argument("--items", type=int, default=700_000, help="of the split")
-    options.add_argument("--ranks", type=int, default=64, help="that are simulated")
-    options.add_argument("--shard", type=int, default=2048, help="items per shard (default: 2048)")
-    options.add_argument("--batch", type=int, default=2048, help="global (default: 2048)")
+    options.add_argument("--items", type=at_least(1), default=700_000, help="of the split")
+    options.add_argument("--ranks", type=at_least(1), default=64, help="that are simulated")
+    options.add_argument(
+        "--shard", type=at_least(1), default=2048, help="items per shard (default: 2048)"
+    )
+    options.add_argument("--batch", type=at_least(1), default=2048, help="global (default: 2048)")
     given = options.parse_args()
+    if given.items < given.batch:
+        raise InputError(f"--items {given.items}: at least one batch of {given.batch}")
     full, rest = divmod(given.items, given.shard)
     sizes = (given.shard,) * full + ((rest,) if rest else ())
     cost = measure_cost(sizes, given.batch, given.ranks)
@@ -187,4 +193,4 @@ def measure_quality(
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_clear_errors(main)

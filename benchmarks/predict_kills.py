@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
@@ -30,7 +31,9 @@ import psutil
 import simplejpeg
 from tqdm import tqdm
 
-from harness import parser, save
+from command_line import at_least, parser
+from harness import save
+from magneto_dist.errors import InputError, exit_with_clear_errors
 
 LAUNCHERS = Path(__file__).parent.parent / "launchers"
 TINY = [
@@ -56,10 +59,14 @@ PIXELS = 32
 def main() -> None:
     """Command line -> tally and memory, and a file with --out."""
     options = parser(__doc__, timed=False)
-    options.add_argument("--items", type=int, default=100_000, help="rows (default: 100,000)")
-    options.add_argument("--block_items", type=int, default=1000, help="of predict.py")
-    options.add_argument("--ranks", type=int, default=1, help="processes that score")
+    options.add_argument(
+        "--items", type=at_least(1), default=100_000, help="rows (default: 100,000)"
+    )
+    options.add_argument("--block_items", type=at_least(1), default=1000, help="of predict.py")
+    options.add_argument("--ranks", type=at_least(1), default=1, help="processes that score")
     given = options.parse_args()
+    if given.items < 10 * given.block_items:
+        raise InputError(f"--items {given.items}: at least ten blocks of {given.block_items}")
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(Path(folder), given.items, given.block_items, given.ranks)
     print(json.dumps(measured, indent=1))
@@ -70,7 +77,11 @@ def main() -> None:
 
 
 def measure(folder: Path, items: int, block_items: int, ranks: int) -> dict[str, object]:
-    """The tally and the memory."""
+    """The tally and the memory.
+
+    Raises:
+        InputError: so few items that a run has ended before it was killed or its memory seen.
+    """
     run_dir, table, out = folder / "run", folder / "items.csv", folder / "out.jsonl"
     _launch([sys.executable], "train_ls.py", *TINY, f"--output_dir={run_dir}").wait()
     write_table(table, items, (run_dir / "vocabulary.txt").read_text().splitlines())
@@ -86,7 +97,9 @@ def measure(folder: Path, items: int, block_items: int, ranks: int) -> dict[str,
         memory = _watch(process, out.with_name("out.jsonl.parts"), stop_at, items, block_items)
         if stop_at < 1:
             kills.append(len(list(out.with_name("out.jsonl.parts").glob("part-*"))) * block_items)
-            assert not out.exists()
+        was_seen = not out.exists() if stop_at < 1 else bool(memory)
+        if not was_seen:
+            raise InputError(f"--items {items}: predicted before anybody could look; give more")
     rows: Counter[int] = Counter()
     failed = 0
     with out.open() as file:
@@ -139,7 +152,8 @@ def _watch(
             seen.append((done, sum(map(_memory_mb, family))))
         if done >= stop_at:
             for each in family:
-                each.send_signal(signal.SIGKILL)
+                with suppress(psutil.NoSuchProcess):  # it has just ended by itself
+                    each.send_signal(signal.SIGKILL)
             process.wait()
             return seen
         time.sleep(LOOK_S)
@@ -170,4 +184,4 @@ def _launch(through: list[str], launcher: str, *options: str) -> subprocess.Pope
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_clear_errors(main)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from harness import RESULTS, parser, provenance, save
+from command_line import at_least, folder_to_fill, parser
+from harness import RESULTS, provenance, save
 from magneto_dist.data.inspect import Counts, count
 from magneto_dist.data.items import ShardItems
 from magneto_dist.data.sample import Sample
@@ -74,7 +75,7 @@ def _options(
     options = parser(description, timed=False)
     options.allow_abbrev = False
     options.add_argument("--data", help="data set: folder or URL with dataset.json")
-    options.add_argument("--work", type=Path, required=True, help="folder for runs; kept")
+    options.add_argument("--work", type=folder_to_fill, required=True, help="folder for runs; kept")
     options.add_argument("--smoke", action="store_true", help="small, on the demo data")
     options.add_argument(
         "--experiments",
@@ -90,7 +91,7 @@ def _options(
     )
     options.add_argument(
         "--smoke_items",
-        type=int,
+        type=at_least(4),
         default=ITEMS,
         help="to train on in --smoke (default: %(default)s; the backbone: 8/5 as many)",
     )

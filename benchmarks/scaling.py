@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from command_line import at_least
 from harness import RESULTS, provenance, reason_of, save
 from magneto_dist.config_io import parse_command_line
 from magneto_dist.errors import InputError
@@ -59,8 +60,8 @@ def run_series(given: argparse.Namespace, overrides: Sequence[str]) -> None:
         InputError: no numbers of processes, or a torchrun failed.
     """
     try:
-        numbers = sorted({1, *(int(number) for number in given.scaling.split(","))})
-    except ValueError:
+        numbers = sorted({1, *map(at_least(1), given.scaling.split(","))})
+    except (ValueError, argparse.ArgumentTypeError):
         raise InputError(f"--scaling {given.scaling}: numbers of processes, e.g. 1,2,4") from None
     argv = ["--config", str(given.config), *overrides]
     batch = parse_command_line("", given.config, argv).train.global_batch_size

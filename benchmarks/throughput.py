@@ -23,7 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, parser, provenance, save
+from command_line import above_zero, at_least, folder_to_fill, parser
+from harness import RESULTS, provenance, save
 from magneto_dist.config import Config
 from magneto_dist.config_io import parse_command_line
 from magneto_dist.errors import exit_with_clear_errors
@@ -79,8 +80,12 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     options.add_argument(
         "--data", default="demo", help="data set, `demo` or `synthetic` (default: demo)"
     )
-    options.add_argument("--round_s", type=float, default=2.0, help="s a call takes (default: 2)")
-    options.add_argument("--items", type=int, default=512, help="synthetic: items (default: 512)")
+    options.add_argument(
+        "--round_s", type=above_zero, default=2.0, help="s a call takes (default: 2)"
+    )
+    options.add_argument(
+        "--items", type=at_least(1), default=512, help="synthetic: items (default: 512)"
+    )
     options.add_argument(
         "--picture",
         type=_size,
@@ -88,23 +93,27 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
         help="synthetic: width x height, pixels (default: 500x375)",
     )
     options.add_argument(
-        "--num_tags", type=int, default=1000, help="synthetic: vocabulary (default: 1000)"
+        "--num_tags", type=at_least(1), default=1000, help="synthetic: vocabulary (default: 1000)"
     )
     options.add_argument(
-        "--tags_per_item", type=int, help="synthetic: in the mean (default: half of tags.max_tags)"
+        "--tags_per_item",
+        type=at_least(1),
+        help="synthetic: in the mean (default: half of tags.max_tags)",
     )
-    options.add_argument("--folder", type=Path, help="keeps synthetic data (default: does not)")
+    options.add_argument(
+        "--folder", type=folder_to_fill, help="keeps synthetic data (default: does not)"
+    )
     options.add_argument("--only", nargs="+", help="stages wanted; no card without all of them")
     options.add_argument("--scaling", help="numbers of processes, e.g. 1,2,4,8")
     options.add_argument(
-        "--passes", type=int, default=1, help="scaling: of the whole series (default: 1)"
+        "--passes", type=at_least(1), default=1, help="scaling: of the whole series (default: 1)"
     )
     return options.parse_known_args()
 
 
 def _size(text: str) -> tuple[int, int]:
     """WIDTHxHEIGHT; argparse tells of a ValueError in one line."""
-    width, height = (int(side) for side in text.split("x"))
+    width, height = map(at_least(1), text.split("x"))
     return width, height
 
 

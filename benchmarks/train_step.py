@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from harness import Timing, compare_measured, parser, report
+from command_line import at_least, parser
+from harness import Timing, compare_measured, report
 from magneto_dist.config import Config
 from magneto_dist.config_io import parse_command_line
 from magneto_dist.data.loader import Loader
@@ -62,7 +63,7 @@ def main() -> None:
 def _parse() -> tuple[argparse.Namespace, list[str]]:
     options = parser(__doc__)
     options.add_argument("--config", type=Path, default=Path("configs/demo.yaml"))
-    options.add_argument("--steps", type=int, default=20, help="of a round (default: 20)")
+    options.add_argument("--steps", type=at_least(1), default=20, help="of a round (default: 20)")
     return options.parse_known_args()
 
 

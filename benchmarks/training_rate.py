@@ -34,7 +34,8 @@ from typing import NamedTuple, NoReturn
 import psutil
 from tqdm import tqdm
 
-from harness import Timing, compare_measured, parser, reason_of, report, save
+from command_line import at_least, folder_of_jpegs, folder_to_fill, parser
+from harness import Timing, compare_measured, reason_of, report, save
 from magneto_dist.errors import InputError, exit_with_clear_errors
 from training_rate_data import REPOSITORY, SET_UPS, Case
 from training_rate_paper import (
@@ -90,7 +91,7 @@ def main() -> None:
         _run_alone(Case.of(given.setting, given.folder, given.items, overrides), given)
     with tempfile.TemporaryDirectory() as temporary:
         case = Case.of(given.setting, given.folder or Path(temporary), given.items, overrides)
-        if given.photos is None or not any(given.photos.glob("*.jpg")):
+        if given.photos is None:
             raise InputError("--photos: a folder with *.jpg is needed")
         case.make(given.photos)
         question, result = _compare(case, given, overrides)
@@ -102,10 +103,12 @@ def main() -> None:
 def _parse() -> tuple[argparse.Namespace, list[str]]:
     options = parser(__doc__, rounds=3)
     options.add_argument("--setting", choices=SET_UPS, default="nuswide", help="(default: nuswide)")
-    options.add_argument("--photos", type=Path, help="folder with *.jpg")
+    options.add_argument("--photos", type=folder_of_jpegs, help="folder with *.jpg")
     sizes = ", ".join(f"{name} {set_up.items}" for name, set_up in SET_UPS.items())
-    options.add_argument("--items", type=int, help=f"of an epoch (default: {sizes})")
-    options.add_argument("--folder", type=Path, help="keeps the pictures (default: does not)")
+    options.add_argument("--items", type=at_least(1), help=f"of an epoch (default: {sizes})")
+    options.add_argument(
+        "--folder", type=folder_to_fill, help="keeps the pictures (default: does not)"
+    )
     options.add_argument("--alone", help=argparse.SUPPRESS)  # one way, in this process
     options.add_argument("--workers", type=int, help=argparse.SUPPRESS)
     options.add_argument("--ranks", type=int, help=argparse.SUPPRESS)

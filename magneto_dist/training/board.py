@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -47,6 +48,7 @@ _COMPARED_METRICS = (
 )
 _SHOWN_FIRST = {"model.kind", "optim.lr", "seed", "train.epochs", "train.global_batch_size"}
 _HPARAMS = ".hparams"  # how the name of their file ends
+_CLOCKS_DIFFER_S = 10.0  # between machines that a run was on; not waited for any longer
 
 
 class Board:
@@ -64,6 +66,7 @@ class Board:
         # A kill may have left the evaluation of the last step without its checkpoint: it will come
         # again. TensorBoard drops whole steps, so that the training line of this one is shown anew.
         purge_step = start.step + 1 if start.evaluated else start.step
+        _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
         self._writer.add_custom_scalars(_LAYOUT)
         if not start.evaluated:
@@ -115,6 +118,19 @@ class Board:
     def close(self) -> None:
         """Ends writing."""
         self._writer.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Waits until the name of a new event file sorts after those of the files that are there.
+
+    TensorBoard reads them in that order. They begin with the time in whole seconds; within one
+    second the number of the process decides, which may be smaller, or even the same on another
+    machine or in a container, and then the earlier file would be written over.
+    """
+    numbers = (path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*"))
+    newest_s = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    later_s = newest_s + 1.01 - time.time()  # a clock that is being set may be slower than sleep
+    time.sleep(min(max(later_s, 0), _CLOCKS_DIFFER_S))
 
 
 def write_hparams(folder: Path, config: Config) -> None:

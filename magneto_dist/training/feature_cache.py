@@ -6,13 +6,13 @@
    storage that several machines share, those of the first of them make all, for two machines that
    write into one file may spoil each other's blocks; a machine with a folder of its own fills that.
 3. Round by round each rank makes a chunk: the live loader, with the views' seed and the view as its
-   epoch, gives the pixels, and the backbone their features. What is finished before a kill is kept.
+   epoch, gives the pixels, and the backbone their features (`feature_network.py`). What is finished
+   before a kill is kept.
 4. The loaders of training and evaluation read them.
 """
 
 from __future__ import annotations
 
-import copy
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,8 +22,6 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from magneto_dist.batch import Batch
@@ -36,10 +34,8 @@ from magneto_dist.data.parallel import progress_bar
 from magneto_dist.data.shards import Dataset
 from magneto_dist.errors import InputError, PreemptedError
 from magneto_dist.model.backbone import Backbone
-from magneto_dist.model.image_stream import frozen_regions
-from magneto_dist.precision import HALF_DTYPES
 from magneto_dist.training.feature_key import cache_folder, ingredients, require_same
-from magneto_dist.training.feed import computed_ahead
+from magneto_dist.training.feature_network import FeatureNetwork
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.session import Session
 from magneto_dist.world import World
@@ -92,13 +88,10 @@ def cached_features(
     folder = cache_folder(config, made_of)
     in_use = session.on_all(lambda: _use(folder))
     place = _place(session, folder)
-    views = session.on_all(
-        lambda: _views(config, session.world, dataset, backbone, made_of, folder)
-    )
+    network = FeatureNetwork(config, backbone, session)
+    views = session.on_all(lambda: _views(config, session.world, dataset, network, made_of, folder))
     session.on_all(lambda: _begin(views, config) if place.index == 0 else None)
-    network = _Network(config, backbone, session.device)
-    ahead = computed_ahead(config, session)
-    _fill(partial(_made_ahead, network, ahead), views, place, session, stopped, whereabouts)
+    _fill(network, views, place, session, stopped, whereabouts)
     train, validation = (
         FeatureViews(
             tuple(view.writer.path for view in views if view.split == split),
@@ -170,22 +163,16 @@ class _View:
         return range(start + first, start + end)
 
 
-_Chunk = tuple[_View, int]
-_Made = tuple[Batch, Tensor]
-
-
 def _views(
     config: Config,
     world: World,
     dataset: Dataset,
-    backbone: Backbone,
+    network: FeatureNetwork,
     made_of: dict[str, Any],
     folder: Path,
 ) -> list[_View]:
     """The files of all views of both splits."""
-    dtype = HALF_DTYPES[config.data.feature_dtype]
-    shape = _feature_shape(backbone, config.augment.image_size)
-    views = []
+    shape, views = network.shape(), []
     for split, count in (("train", config.data.feature_views), ("validation", 1)):
         loader = _loader_of_pixels(config, world, dataset, split)
         for number in range(count):
@@ -193,7 +180,7 @@ def _views(
             writer = FeatureWriter(
                 folder / name,
                 (loader.num_samples, *shape),
-                dtype,
+                network.dtype,
                 chunk_samples=_batch_size(dataset, split) * _CHUNK_BATCHES,
                 made_of=made_of,
             )
@@ -219,13 +206,6 @@ def _batch_size(dataset: Dataset, split: str) -> int:
     return min(_BATCH, dataset.num_samples(split))
 
 
-@torch.no_grad()
-def _feature_shape(backbone: Backbone, image_size: int) -> tuple[int, int]:
-    black = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
-    _, num_regions, num_channels = frozen_regions(backbone, black).shape
-    return num_regions, num_channels
-
-
 def _begin(views: Sequence[_View], config: Config) -> None:
     """Makes the files that are not there yet, where there is room for what will fill them."""
     writers = [view.writer for view in views]
@@ -238,7 +218,7 @@ def _begin(views: Sequence[_View], config: Config) -> None:
 
 
 def _fill(
-    make: Callable[[Sequence[_Chunk]], Iterator[_Made]],
+    network: FeatureNetwork,
     views: list[_View],
     place: _Place,
     session: Session,
@@ -254,7 +234,7 @@ def _fill(
     chunks = session.on_all(lambda: _missing_chunks(views, place))
     num_rounds = max(session.gather(len(chunks)))
     num_pictures = sum(session.gather(sum(_num_pictures(view, chunk) for view, chunk in chunks)))
-    made = make(chunks)
+    made = network.features(_pixels(chunks)) if chunks else iter(())
     shows_bar = session.is_main and num_rounds > 0
     with progress_bar(num_pictures, "features") if shows_bar else nullcontext() as bar:
         for number in range(num_rounds):
@@ -271,7 +251,7 @@ def _fill(
     session.on_all(lambda: [writer.finish() for writer in writers] if place.index == 0 else None)
 
 
-def _missing_chunks(views: Sequence[_View], place: _Place) -> list[_Chunk]:
+def _missing_chunks(views: Sequence[_View], place: _Place) -> list[tuple[_View, int]]:
     """This rank's share: of all chunks in turn, also where some are done."""
     if place.index < 0:
         return []
@@ -288,21 +268,13 @@ def _num_pictures(view: _View, chunk: int) -> int:
     return view.writer.rows(chunk).stop - view.writer.rows(chunk).start
 
 
-def _pixels(chunks: Sequence[_Chunk]) -> Iterator[Batch]:
+def _pixels(chunks: Sequence[tuple[_View, int]]) -> Iterator[Batch]:
     """The batches of the chunks, by as few starts of loader processes as can be."""
     for loader, group in groupby(chunks, key=lambda each: each[0].loader):
         yield from loader.numbered([n for view, chunk in group for n in view.micro_batches(chunk)])
 
 
-def _made_ahead(
-    network: _Network, ahead: Callable[..., Iterator[_Made]], chunks: Sequence[_Chunk]
-) -> Iterator[_Made]:
-    """The batches of the chunks with their features, in order."""
-    network.settle()
-    yield from ahead(_pixels(chunks), make=lambda batch: (batch, network(batch)))
-
-
-def _write(made: Iterator[_Made], mine: _Chunk) -> int:
+def _write(made: Iterator[tuple[Batch, Tensor]], mine: tuple[_View, int]) -> int:
     """Writes one chunk; the number of its pictures."""
     view, chunk = mine
     bad: dict[int, str] = {}
@@ -317,46 +289,15 @@ def _write(made: Iterator[_Made], mine: _Chunk) -> int:
     return _num_pictures(view, chunk)
 
 
-class _Network:
-    """Pixels -> features as they are kept, on the device of training; called in its precision."""
-
-    def __init__(self, config: Config, backbone: Backbone, device: torch.device) -> None:
-        self._dtype, self._device = HALF_DTYPES[config.data.feature_dtype], device
-        self._backbone = backbone
-
-    def settle(self) -> None:
-        """To be called before any thread calls this."""
-        # A copy: the model itself goes to the device when it is prepared.
-        self._backbone = copy.deepcopy(self._backbone).to(self._device)
-        self._backbone.fold()
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> Float[Tensor, "batch region channel"]:
-        """On the CPU, zero in rows that are not valid.
-
-        Raises:
-            InputError: one of them is not finite in the dtype that is kept.
-        """
-        assert batch.pixels is not None
-        features = frozen_regions(self._backbone, batch.pixels.to(self._device))
-        features = features.to(self._dtype).cpu()
-        features[~batch.sample_valid] = 0
-        finite = features.isfinite().flatten(1).all(1)
-        if not finite.all():
-            key = batch.keys[int((~finite).nonzero()[0])]
-            raise InputError(
-                f"the features of {key} are not finite numbers in {self._dtype}: set"
-                " --data.feature_dtype bf16, or look at --model.backbone_weights"
-            )
-        return features
-
-
 @contextmanager
 def _clear_errors(folder: Path) -> Iterator[None]:
+    """InputError of what the system refuses, at the place that it names, which may be another run's
+    folder that was to make room, else at `folder`."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"{folder}: {error.strerror}: cached features cannot be written there; make room, or"
-            " choose another --data.cache_dir; chunks that are finished are kept"
+            f"{error.filename or folder}: {error.strerror}: cached features cannot be written or"
+            " removed there; make room, or choose another --data.cache_dir; chunks that are"
+            " finished are kept"
         ) from None

@@ -363,6 +363,22 @@ def test_the_features_of_a_run_that_lives_stay_and_others_make_room(
     assert used.train.read(0, torch.tensor([0]), torch.tensor([True]))[0].any()
 
 
+def test_a_folder_that_cannot_make_room_is_the_one_that_is_named(
+    demo_shards: Path, tmp_path: Path
+) -> None:
+    dataset = Dataset.open(str(demo_shards))
+    config = with_(CONFIG, "data", cache_dir=str(tmp_path))
+    build(config, dataset, model_of(config, dataset))
+    (idle,) = folders_in(tmp_path)
+    # A file where it would be moved to before it is removed; permissions would not stop root.
+    idle.with_name(f".{idle.name}.removed").touch()
+    size_gb = sum(path.stat().st_size for path in idle.iterdir()) / 1e9
+    other = with_(config, "data", feature_seed=12, feature_cache_gb=1.5 * size_gb)
+    with pytest.raises(InputError, match=f"^{re.escape(str(idle))}: Not a directory: cached feat"):
+        build(other, dataset, model_of(other, dataset))
+    assert idle.is_dir()
+
+
 @pytest.mark.parametrize(
     ("section", "changes", "reason"),
     [

@@ -180,7 +180,7 @@ def test_a_disk_that_fills_up_is_one_clear_line(demo_shards: Path, tmp_path: Pat
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 2, output
     assert output.count("\nerror: ") == 1
-    assert "cached features cannot be written there" in output
+    assert "cached features cannot be written or removed there" in output
     assert "Traceback" not in output
     assert status(tmp_path / "run")["state"] == "failed"
     assert not list(tmp_path.glob("cache/features/*/*.npy"))

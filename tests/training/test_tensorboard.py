@@ -31,7 +31,8 @@ from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.trained_run import load_run
-from magneto_dist.training.board import compared_settings
+from magneto_dist.training.board import Board, compared_settings
+from magneto_dist.training.checkpoint import Progress
 from magneto_dist.world import World
 from processes import TINY, launch, losses, run, summary, wait_for_step
 
@@ -275,7 +276,6 @@ def test_a_killed_run_shows_no_step_twice(demo_shards: Path, run_dir: Path, tmp_
     process.kill()
     process.communicate()
     assert max(shown(killed)["train/loss"]) >= 8
-    time.sleep(1.1)  # names of event files have whole seconds
     run("train_ls.py", *given, f"--resume={killed / 'checkpoints/step-00000004'}")
     assert_shown_alike(killed, run_dir)
     assert hparams(killed) == hparams(run_dir)
@@ -286,9 +286,27 @@ def test_an_evaluation_that_a_kill_kept_from_its_checkpoint_is_shown_once(
 ) -> None:
     again = shutil.copytree(run_dir, tmp_path / "run")
     edit_progress(again / f"checkpoints/step-{STEPS:08d}", evaluated=False)
-    time.sleep(1.1)
     run("train_ls.py", *options(demo_shards, again))
     assert_shown_alike(again, run_dir)
+
+
+def test_what_goes_on_within_the_same_second_is_shown_last(tmp_path: Path) -> None:
+    def write(start: int, end: int, value: float) -> None:
+        board = Board(tmp_path / "tensorboard", Progress(step=start, evaluated=True), [])
+        for step in range(start + 1, end + 1):
+            board.scalars(step, "train", {"loss": value})
+        board.close()
+
+    time.sleep(1 - time.time() % 1)  # a second begins
+    write(0, 8, 1.0)
+    (stopped,) = (tmp_path / "tensorboard").iterdir()
+    words = stopped.name.split(".")
+    words[-2] = "99999999"  # as if its process had a larger number
+    stopped.rename(stopped.with_name(".".join(words)))
+    write(4, 7, 2.0)
+    expected = {step: 1.0 if step <= 4 else 2.0 for step in range(1, 8)}
+    assert {event.step: event.value for event in read(tmp_path).Scalars("train/loss")} == expected
+    assert shown(tmp_path)["train/loss"] == expected
 
 
 def test_a_model_without_a_gate_has_no_histogram(demo_shards: Path, tmp_path: Path) -> None:
