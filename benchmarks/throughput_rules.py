@@ -110,16 +110,13 @@ def diagnose(measured: Measured) -> Diagnosis:
             " there and does not wait: decoding takes time of the same GPU"
         )
         return Diagnosis("decode", because, _settings_of_data("decode", measured))
-    worst, step_ms = _longest_of_a_step(measured)
-    because = (
-        f"training hardly waits for data ({wait:.0%}), and {worst} is"
-        f" {step_ms / measured.step_ms('step'):.0%} of a step"
-    )
+    worst, share = _longest_of_a_step(measured)
+    because = f"training hardly waits for data ({wait:.0%}), and {worst} is {share:.0%} of a step"
     return Diagnosis(worst, because, _settings_of_training(worst, measured))
 
 
 def _longest_of_a_step(measured: Measured) -> tuple[str, float]:
-    """Stage and milliseconds; gradients count for what they add to the step, not for their own."""
+    """Stage and its share; gradients count for what they add to the step, not for their own."""
     parts = {name: measured.step_ms(name) for name in ("copy", "forward+backward", "optimizer")}
     rest = measured.step_ms("step") - sum(parts.values())
     reduce_ms = measured.step_ms("all-reduce")
@@ -128,7 +125,8 @@ def _longest_of_a_step(measured: Measured) -> tuple[str, float]:
     # A bit more than the sum is noise, or a cache that another stage has emptied.
     parts["loop"] = beyond if beyond > LOOP * measured.step_ms("step") else 0.0
     worst = max(parts, key=lambda name: parts[name])
-    return worst, parts[worst]
+    # Where frozen stages run beside the step, its parts are longer than it.
+    return worst, parts[worst] / max(measured.step_ms("step"), sum(parts.values()))
 
 
 def _settings_of_data(stage: str, measured: Measured) -> tuple[str, ...]:
@@ -176,7 +174,8 @@ def _settings_of_training(stage: str, measured: Measured) -> tuple[str, ...]:
         if spare > 0 and measured.rate("whole") < BUSY * ceiling(measured)[0]:
             settings.append(
                 f"torchrun --nproc_per_node {measured.cores}, or OMP_NUM_THREADS="
-                f"{measured.cores // ranks} ({ranks * threads} of {measured.cores} cores compute)"
+                f"{measured.cores // ranks} (what is trained has {ranks * threads} of"
+                f" {measured.cores} cores)"
             )
     if stage == "forward+backward":
         if found["slots_used"] < 0.5 and not found["trims_padding"]:

@@ -33,7 +33,7 @@ from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.model.norm import reset_batch_norm_statistics
 from magneto_dist.precision import HALF_DTYPES
 from magneto_dist.training.loop import Job, settle_batch_norms
-from training_rounds import ENDLESS, Rounds, Taken, repeated
+from training_rounds import ENDLESS, Rounds, Taken, ready
 
 Run = Callable[[int], Taken]
 """Does so many units of a stage."""
@@ -72,9 +72,9 @@ class Stages:
     def all(self, *, of_loader: bool = True) -> dict[str, Run]:
         """By name: all together first, then what a loader does, then what training does."""
         return {
-            "whole": self._whole,
+            "whole": self._rounds.loop,
             "loader": self._loader,
-            "step": lambda n: self._rounds.loop(repeated(self.fixed), n, of_feed=False),
+            "step": lambda n: self._rounds.loop(n, ready(self.job, self.fixed)),
             **(self._stages_of_loader() if of_loader else {}),
             **self._stages_of_training(),
         }
@@ -92,12 +92,6 @@ class Stages:
         return run
 
     # Together -----------------------------------------------------------------------------------
-
-    def _whole(self, num_steps: int) -> Taken:
-        """Endless, so that loader processes have as much to do at the end of a round as before."""
-        return self._rounds.loop(
-            lambda first, _: self.job.feed.batches(first, ENDLESS), num_steps, of_feed=True
-        )
 
     def _loader(self, num_steps: int) -> Taken:
         """All of the loader with its processes, and nobody who uses what it makes."""

@@ -28,7 +28,7 @@ from magneto_dist.errors import InputError, exit_with_clear_errors
 from magneto_dist.parts import derive_plan
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.session import Session
-from training_rounds import Rounds, Taken, endless, repeated, training_job
+from training_rounds import Rounds, Taken, endless, ready, training_job
 
 FIXED_STEPS = 4
 
@@ -98,7 +98,7 @@ def overhead(config: Config, dataset: Dataset, rounds: int, num_steps: int) -> O
         turns = Rounds(job, warm_steps=1)
         ways: dict[str, Callable[[], Taken]] = {
             "bare": lambda: turns.bare(fixed, num_steps),
-            "loop": lambda: turns.loop(repeated(fixed), num_steps, of_feed=False),
+            "loop": lambda: turns.loop(num_steps, ready(job, fixed, overlap=False)),
         }
         core_s: dict[str, list[float]] = {name: [] for name in ways}
 

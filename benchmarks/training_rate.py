@@ -194,7 +194,11 @@ class _Starter:
         how = how._replace(way=f"{SPLIT}{how.way}")
         copies = len(os.sched_getaffinity(0)) // how.ranks
         started = [self._start(how, how.ranks) for _ in range(max(copies, 1))]
-        found = [self._result(how, process) for process in started]
+        try:
+            found = [self._result(how, process) for process in started]
+        finally:
+            for process in started:
+                process.kill()  # the others, if one has failed
         return {stage: mean(each[stage] for each in found) for stage in found[0]}
 
     def _start(self, how: How, ranks: int = 1) -> subprocess.Popen[str]:

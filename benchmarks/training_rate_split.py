@@ -34,7 +34,8 @@ from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.loss import count_for_loss, ets_loss
-from magneto_dist.model.backbone import build_backbone
+from magneto_dist.model.backbone import Backbone
+from magneto_dist.model.image_stream import frozen_regions
 from magneto_dist.parts import derive_plan, initial_model, prepare
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.feature_cache import cached_features
@@ -85,7 +86,7 @@ def split_of_paper(case: Case) -> Split:
 
     return {
         **_loading(partial(batches_of_paper, case), case.steps, case.batch, ranks=1),
-        **_training(lambda: frozen(item[0]), compute, optimizer, [], case.batch),
+        **_training(lambda: frozen(item[0]), compute, optimizer, [], case.batch, in_compute=True),
     }
 
 
@@ -105,6 +106,11 @@ def split_of_ours(case: Case, *, cached: bool) -> Split:
     batches = partial(_our_batches, config, dataset, session.world, plan, features)
     batch = next(iter(batches(0, 1)))
     counts = count_for_loss(batch)
+    frozen = None
+    if batch.pixels is not None:
+        backbone: Backbone = model.image_stream.backbone  # type: ignore[union-attr,assignment]
+        frozen = torch.no_grad()(partial(frozen_regions, backbone, batch.pixels))
+        batch = replace(batch, pixels=None, features=frozen())  # the rest goes on from there
 
     def compute() -> None:
         optimizer.zero_grad()
@@ -117,7 +123,7 @@ def split_of_ours(case: Case, *, cached: bool) -> Split:
     images = case.batch / ranks
     split = {
         **_loading(batches, case.steps, images, ranks),
-        **_training(_frozen_forward(config, batch), compute, optimizer, buckets, images),
+        **_training(frozen, compute, optimizer, buckets, images),
     }
     each = session.gather(split)
     session.close()
@@ -178,20 +184,6 @@ def _our_batches(
     return loader.batches(1, steps)
 
 
-def _frozen_forward(config: Config, batch: Batch) -> Callable[[], object] | None:
-    """The frozen stages alone, if a batch has to pass them."""
-    model = config.model
-    if batch.pixels is None or model.frozen_stages == 0:
-        return None
-    pixels = batch.pixels
-    if model.frozen_stages != "all":
-        model = replace(model, backbone_stages=model.frozen_stages, frozen_stages="all")
-    frozen = build_backbone(model)
-    if config.train.channels_last:
-        frozen = frozen.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return lambda: frozen(pixels)
-
-
 def _loading(batches: Batches, steps: int, images: float, ranks: int) -> Split:
     """`images` are those of a rank in a step."""
     load = _loaded(batches, 0, steps)[0] / (steps * images)
@@ -222,12 +214,16 @@ def _training(
     optimizer: torch.optim.Optimizer,
     buckets: Sequence[torch.Tensor],
     images: float,
+    *,
+    in_compute: bool = False,
 ) -> Split:
+    """`in_compute`: what is frozen is a part of `compute`, and taken off it."""
+
     def an_image(call: Callable[[], object] | None) -> float:
         return 0.0 if call is None else _core_s(call) / images
 
     frozen_s = an_image(frozen)
-    trained_s = an_image(compute) - frozen_s
+    trained_s = an_image(compute) - (frozen_s if in_compute else 0.0)
     optimizer_s = an_image(optimizer.step)  # gradients are there
     reduce = (lambda: [dist.all_reduce(bucket) for bucket in buckets]) if buckets else None
     reduce_s = an_image(reduce)

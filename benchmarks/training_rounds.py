@@ -10,29 +10,30 @@
 from __future__ import annotations
 
 import io
+import itertools
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, redirect_stderr
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Event
+from typing import NamedTuple
 
 import torch
 
 from harness import Clock, now
 from magneto_dist.batch import Batch
 from magneto_dist.config import Config
-from magneto_dist.data.ahead import Stopwatch
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
 from magneto_dist.loss import count_for_loss, ets_loss
 from magneto_dist.model.norm import commit_batch_norm_statistics
 from magneto_dist.parts import initial_model, prepare
-from magneto_dist.precision import HALF_DTYPES
+from magneto_dist.precision import autocast
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.checkpoint_writer import CheckpointWriter
-from magneto_dist.training.feed import Feed
+from magneto_dist.training.feed import Batches, Feed
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.loop import Job, train
 from magneto_dist.training.optim import Schedule
@@ -138,28 +139,24 @@ class Rounds:
         self.job, self._warm_steps = job, warm_steps
         self._progress = Progress()
 
-    def loop(
-        self, batches: Callable[[int, int], Iterator[Batch]], num_steps: int, *, of_feed: bool
-    ) -> Taken:
+    def loop(self, num_steps: int, feed: Feed | None = None) -> Taken:
         """The loop as it is.
 
         Args:
-            batches: the micro-batches of this rank from one global step to another, inclusive.
             num_steps: whose time is taken.
-            of_feed: they are those of the job, which knows how long it waits for its loader; else
-                any wait for them is one for data.
+            feed: in place of the job's own.
         """
         first = self._progress.step + 1
         last = self._progress.step + self._warm_steps + num_steps
-        source = _Watched(self.job, batches, first + self._warm_steps, of_feed)
+        watched = _Watched(self.job, feed or self.job.feed, first + self._warm_steps)
         job = replace(
             self.job,
             config=replace(self.job.config, max_steps=last),
-            feed=source,  # type: ignore[arg-type]
-            evaluate=source.end,
+            feed=watched,  # type: ignore[arg-type]
+            evaluate=watched.end,
         )
         self._progress = train(job, self._progress)
-        return source.taken
+        return watched.taken
 
     def bare(self, fixed: Sequence[Sequence[Batch]], num_steps: int) -> Taken:
         """The same steps, of one process, as one would write them with torch alone."""
@@ -180,7 +177,7 @@ class Rounds:
         counts = torch.stack([count_for_loss(batch) for batch in micro_batches]).sum(0).to(device)
         for batch in micro_batches:
             on_device = batch.to(device)
-            with torch.autocast(device.type, **_autocast(job.config)):
+            with autocast(job.config.train.precision, device):
                 prediction = model(**on_device.inputs())
             ets_loss(prediction, on_device, counts, job.config.loss).total.backward()
         job.optimizer.optimizer.step()
@@ -188,39 +185,65 @@ class Rounds:
         commit_batch_norm_statistics(model, lambda packed: packed)
 
 
-def repeated(fixed: Sequence[Sequence[Batch]]) -> Callable[[int, int], Iterator[Batch]]:
-    """The micro-batches of some steps, over and over, as those of the steps that are asked for."""
+def ready(job: Job, fixed: Sequence[Sequence[Batch]], *, overlap: bool = True) -> Feed:
+    """A feed of micro-batches that lie ready: those of some steps, over and over.
 
-    def batches(first_step: int, last_step: int) -> Iterator[Batch]:
+    Args:
+        job: whose model they are for.
+        fixed: by step.
+        overlap: False: nothing is done ahead of its step.
+    """
+    train_config = replace(job.config.train, overlap=overlap and job.config.train.overlap)
+    config = replace(job.config, train=train_config)
+    return Feed(Ready(fixed, job.feed.loader), config, job.session, job.model)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """In place of a loader."""
+
+    fixed: Sequence[Sequence[Batch]]
+    """Micro-batches by step."""
+    loader: Batches
+    """Whose they are."""
+
+    def batches(
+        self, first_step: int, last_step: int, closing: Event | None = None
+    ) -> Iterator[Batch]:
+        """As `Loader.batches`."""
         for step in range(first_step, last_step + 1):
-            for batch in fixed[step % len(fixed)]:
+            for batch in self.fixed[step % len(self.fixed)]:
                 yield replace(batch, step=step)
 
-    return batches
+    @property
+    def steps_per_epoch(self) -> int:
+        """As the loader's."""
+        return self.loader.steps_per_epoch
+
+    @property
+    def micro_steps(self) -> int:
+        """As the loader's."""
+        return self.loader.micro_steps
+
+    def empty_batch(self) -> Batch:
+        """As the loader's."""
+        return self.loader.empty_batch()
 
 
 class _Watched:
-    """A feed that looks at the clock: from when to when, and how long it was waited for."""
+    """A feed that looks at the clock: from when to when, and how long its loader was waited for."""
 
-    def __init__(
-        self,
-        job: Job,
-        batches: Callable[[int, int], Iterator[Batch]],
-        first_timed_step: int,
-        of_feed: bool,
-    ) -> None:
-        self.steps_per_epoch, self.empty_batch = job.feed.steps_per_epoch, job.feed.empty_batch
-        self._device, self._make = job.session.device, batches
-        self._first_timed_step, self._micro_steps = first_timed_step, job.plan.micro_steps
-        self._feed = job.feed if of_feed else None
-        self._watch = Stopwatch()
+    def __init__(self, job: Job, feed: Feed, first_timed_step: int) -> None:
+        self._feed, self.loader = feed, feed.loader
+        self._device, self._micro_steps = job.session.device, job.plan.micro_steps
+        self._first_timed_step = first_timed_step
         self._waited_before_s, self._images = 0.0, 0
         self._start, self._end = Clock(0, 0), Clock(0, 0)
 
     @property
     def waited_s(self) -> float:
         """As `Feed.waited_s`."""
-        return self._watch.elapsed_s if self._feed is None else self._feed.waited_s
+        return self._feed.waited_s
 
     @property
     def taken(self) -> Taken:
@@ -230,16 +253,14 @@ class _Watched:
         return Taken(wall_s, core_s, self.waited_s - self._waited_before_s, self._images)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """As `Feed.batches`."""
+        """As `Feed.batches`, but endless: at the end of a round loaders have as much to do."""
         is_timed = False
-        with closing(self._make(first_step, last_step)) as made:  # type: ignore[type-var]
+        with closing(self._feed.batches(first_step, ENDLESS)) as made:
             for step in range(first_step, last_step + 1):
                 if step == self._first_timed_step:  # all that the step before has asked for is done
                     is_timed, self._start = True, now(self._device)
                     self._waited_before_s = self.waited_s
-                for _ in range(self._micro_steps):
-                    with self._watch.running():
-                        batch = next(made)
+                for batch in itertools.islice(made, self._micro_steps):
                     if is_timed:
                         self._images += int(batch.sample_valid.sum())
                     yield batch
@@ -257,8 +278,3 @@ def _nobody_stops() -> StopRequest:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return stop
-
-
-def _autocast(config: Config) -> dict[str, Any]:
-    dtype = HALF_DTYPES.get(config.train.precision)
-    return {"enabled": dtype is not None, "dtype": dtype}

@@ -69,8 +69,9 @@ class Batch:
     all_valid: bool = False
     """Known on the CPU that every row is valid: the model need not be told which are."""
     features: Float[Tensor, "batch region channel"] | None = None
-    """What the frozen stages of the backbone make of the pictures, computed or read (float16 or
-    bfloat16, zero in rows that are not valid); None: that is left to the model."""
+    """What the frozen stages of the backbone have made of the pictures; None: that is left to the
+    model. Where it was read from disk it is float16 or bfloat16, and zero in rows that are not
+    valid."""
     num_slots: int | None = None
     """Slots of a list before padding was trimmed (the paper's l), over which the published loss is
     averaged; None: as many as there are."""

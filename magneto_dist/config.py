@@ -258,8 +258,10 @@ class TrainConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     overlap: bool = True
-    """Do what need not wait for its step before, beside others: on a CPU the frozen stages of the
-    backbone, in threads; on a GPU the way of the pictures to it. Takes memory for some batches."""
+    """Do beside other steps what need not wait for its own, for the same result to the last bit: on
+    a CPU the frozen stages of the backbone, in as many threads as there are cores for, up to 4,
+    each of which takes the memory that they take for a micro-batch (not with compile or ZeRO-3); on
+    a GPU the way of the pictures to it. False: less memory."""
     tf32: bool = False
     """Float32 matrix products and convolutions of GPUs from Ampere on in TF32: inputs rounded to 10
     bits of mantissa, several times as fast. Nothing changes on CPU and under fp16 or bf16."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -259,11 +259,11 @@ class _Evaluation:
             features=self.features,
         )
         rejects: list[Reject] = []
-        feed = Feed(loader, config, self.session, self.model)
-        batches = collecting_rejects(feed.batches(1, loader.steps_per_epoch), rejects)
+        feed = Feed(loader, config, self.session, self.model, shows_pictures=True)
         self.telemetry.whereabouts.at("evaluation")
-        batches = self.telemetry.whereabouts.at_each("evaluation", batches)
-        with self.telemetry.paused():
+        with self.telemetry.paused(), closing(feed.batches(1, loader.steps_per_epoch)) as made:
+            batches = collecting_rejects(made, rejects)
+            batches = self.telemetry.whereabouts.at_each("evaluation", batches)
             metrics, curves, examples = evaluate_model(
                 self.model,
                 batches,

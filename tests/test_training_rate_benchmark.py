@@ -117,8 +117,9 @@ def test_stages_of_both_ways_are_found(case):
     torch.set_num_threads(1)
     paper, ours = split_of_paper(case), split_of_ours(case, cached=False)
     for split in (paper, ours):
-        # One is the difference of two short times, and may be below 0 on a busy machine.
-        assert {name for name in STAGES if split[name] != 0} == {*STAGES} - {"all-reduce"}
+        difference = "trained forward, backward"  # below 0 now and then: two short times
+        measured = {name for name in STAGES if split[name] > 0} | {difference}
+        assert measured == {*STAGES} - {"all-reduce"}
     whole = _paper(case, 0, 1)
     assert 0 < whole["core_s"] < 3 * sum(paper[name] for name in STAGES)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Event
 from typing import TypeVar
 
 S = TypeVar("S")
@@ -23,8 +24,10 @@ class Stopwatch:
     def running(self) -> Iterator[None]:
         """Measures the time inside."""
         started_at_s = time.perf_counter()
-        yield
-        self.elapsed_s += time.perf_counter() - started_at_s
+        try:
+            yield
+        finally:
+            self.elapsed_s += time.perf_counter() - started_at_s
 
 
 def made_ahead(
@@ -35,11 +38,12 @@ def made_ahead(
     num_threads: int = 1,
     settle_thread: Callable[[], object] = lambda: None,
     waiting: Stopwatch | None = None,
-) -> Iterator[T]:
+    closing: Event | None = None,
+) -> Generator[T, None, None]:
     """`make` of each source, in order; up to `depth` lie ready or are made while one is in use.
 
-    Closing the iterator waits for what is being made. What a source or `make` raises comes in its
-    place.
+    What a source or `make` raises comes in its place. Closing the iterator waits for what is being
+    taken and made, and closes `sources`.
 
     Args:
         sources: none is None; taken by a thread of their own.
@@ -47,7 +51,9 @@ def made_ahead(
         depth: at least 1.
         num_threads: that make.
         settle_thread: called once in each of them.
-        waiting: adds up how long a source was waited for that was needed at once.
+        waiting: adds up how long sources were waited for: while an item was needed whose source
+            had not come, or was made while other threads had none.
+        closing: set when the iterator is closed, for sources that can be told to end.
     """
     watch = waiting or Stopwatch()
     taking = ThreadPoolExecutor(1, "take")
@@ -65,9 +71,18 @@ def made_ahead(
                 made = taken.result()
             if made is None:
                 return
+            started_at_s = time.perf_counter()
             item = made.result()
+            if len(pending) >= num_threads and not pending[num_threads - 1].done():
+                watch.elapsed_s += time.perf_counter() - started_at_s
             pending.append(taking.submit(take))
             yield item
     finally:
-        taking.shutdown(cancel_futures=True)
-        making.shutdown(cancel_futures=True)
+        if closing is not None:
+            closing.set()
+        try:
+            taking.shutdown(cancel_futures=True)
+        finally:
+            making.shutdown(cancel_futures=True)
+            if (close := getattr(sources, "close", None)) is not None:
+                close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from threading import Event
 from typing import Literal
 
 import numpy as np
@@ -110,21 +111,30 @@ class Loader:
         chosen = self._config.data.num_workers
         return default_num_workers(self._world.ranks_per_node) if chosen is None else chosen
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches of a step."""
+        return self._micro_batches.plan.micro_steps
+
+    def batches(
+        self, first_step: int, last_step: int, closing: Event | None = None
+    ) -> Iterator[Batch]:
         """The micro-batches of this rank in the global steps `first_step` to `last_step` inclusive.
 
         In training the steps go on over the epochs; evaluation is the steps 1 to `steps_per_epoch`.
-        Starting anywhere costs nothing. Closing the iterator ends its loader processes.
+        Starting anywhere costs nothing. Closing the iterator ends its loader processes; while
+        another thread waits in it that cannot be, and `closing`, when set, ends the wait.
 
         Raises:
             InputError: a shard cannot be read, or a loader process was killed or hangs.
         """
-        micro_steps = self._micro_batches.plan.micro_steps
-        return self.numbered(range(first_step * micro_steps, (last_step + 1) * micro_steps))
+        first, end = first_step * self.micro_steps, (last_step + 1) * self.micro_steps
+        return self.numbered(range(first, end), closing)
 
-    def numbered(self, numbers: Sequence[int]) -> Iterator[Batch]:
+    def numbered(self, numbers: Sequence[int], closing: Event | None = None) -> Iterator[Batch]:
         """As `batches`: any micro-batches by their numbers, step * micro_steps + micro_step."""
         micro_batches = self._micro_batches
+        closing = closing or Event()
         made = run_loader(
             micro_batches,
             numbers,
@@ -132,6 +142,7 @@ class Loader:
             prefetch=self._config.data.prefetch_batches,
             pin=micro_batches.pictures != "encoded" and torch.cuda.is_available(),
             timeout_s=self._config.data.loader_timeout_s,
+            closing=closing,
         )
         if micro_batches.pictures != "encoded":
             return made
@@ -140,6 +151,7 @@ class Loader:
             made,
             lambda item: micro_batches.with_pixels(item.batch, decode(item.images), item.shards),
             depth=self._config.data.dali_queue_depth,
+            closing=closing,
         )
 
     def empty_batch(self) -> Batch:

@@ -70,6 +70,7 @@ def run_loader(
     prefetch: int,
     pin: bool,
     timeout_s: float = 0.0,
+    closing: threading.Event | None = None,
 ) -> Iterator[Any]:
     """Yields `dataset[token]` for each token, in order, made by loader processes.
 
@@ -80,6 +81,8 @@ def run_loader(
         prefetch: items that each loader process keeps ready.
         pin: call `pin_memory` of each item.
         timeout_s: longest wait for an item of loader processes; 0: no limit.
+        closing: set by another thread than the one that waits: nobody wants items any more, and
+            the wait for loader processes ends within seconds.
 
     Raises:
         InputError: the one that the data set gave; a loader process was killed, or gave nothing
@@ -87,7 +90,7 @@ def run_loader(
     """
     num_workers = min(num_workers, len(tokens))
     items = (
-        _made_by_processes(dataset, tokens, num_workers, prefetch, pin, timeout_s)
+        _made_by_processes(dataset, tokens, num_workers, prefetch, pin, timeout_s, closing)
         if num_workers > 0
         else (dataset[token] for token in tokens)
     )
@@ -105,13 +108,14 @@ def _made_by_processes(
     prefetch: int,
     pin: bool,
     timeout_s: float,
+    closing: threading.Event | None,
 ) -> Generator[Any, None, None]:
     others = set(multiprocessing.active_children())
     iterator = _start(Packing(dataset), tokens, num_workers, prefetch, timeout_s)
     processes = set(multiprocessing.active_children()) - others
     unpack = Unpacking(pin)
     try:
-        while (received := _next(iterator, processes, timeout_s)) is not None:
+        while (received := _next(iterator, processes, timeout_s, closing)) is not None:
             yield received if isinstance(received, InputError) else unpack(received)
     finally:
         del iterator  # ends the loader processes, those that still listen
@@ -160,7 +164,12 @@ def _start(
             ) from None
 
 
-def _next(iterator: Iterator[Any], processes: set[BaseProcess], timeout_s: float) -> Any:
+def _next(
+    iterator: Iterator[Any],
+    processes: set[BaseProcess],
+    timeout_s: float,
+    closing: threading.Event | None,
+) -> Any:
     """`next`, or None; a loader process that died or hangs is an InputError: given, not raised."""
     asked_at_s = time.monotonic()
     while True:
@@ -169,6 +178,8 @@ def _next(iterator: Iterator[Any], processes: set[BaseProcess], timeout_s: float
         except RuntimeError as error:
             reason = str(error)
             if "timed out" in reason:
+                if closing is not None and closing.is_set():
+                    return None
                 if timeout_s == 0 or time.monotonic() - asked_at_s < timeout_s:
                     continue  # torch allows to ask again
                 _kill(processes)  # torch would wait for them, 5 s each
@@ -185,7 +196,7 @@ def _next(iterator: Iterator[Any], processes: set[BaseProcess], timeout_s: float
         return InputError(
             f"a loader process was ended from outside ({reason}), perhaps for want of memory or of"
             " shared memory (/dev/shm; docker run --ipc=host): lower --data.num_workers or"
-            " --data.prefetch_batches"
+            " --data.prefetch_batches, or set --train.overlap false"
         )
 
 

@@ -77,7 +77,7 @@ class Progress:
     train_s: float = 0.0
     """Seconds spent in training steps so far, evaluation and saving excluded."""
     data_wait_s: float = 0.0
-    """Of these, seconds in which the loop waited for data."""
+    """Of these, seconds in which the loop waited for its loader."""
     tags_cut: int = 0
     """Tags of trained items that found no slot."""
     targets_cut: int = 0

@@ -14,12 +14,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from torch import Tensor, nn
@@ -234,9 +235,10 @@ def _fill(
     chunks = session.on_all(lambda: _missing_chunks(views, place))
     num_rounds = max(session.gather(len(chunks)))
     num_pictures = sum(session.gather(sum(_num_pictures(view, chunk) for view, chunk in chunks)))
-    made = network.features(_pixels(chunks)) if chunks else iter(())
+    made = session.on_all(lambda: _features(network, chunks))
     shows_bar = session.is_main and num_rounds > 0
-    with progress_bar(num_pictures, "features") if shows_bar else nullcontext() as bar:
+    bar_or_none = progress_bar(num_pictures, "features") if shows_bar else nullcontext()
+    with closing(made), bar_or_none as bar:
         for number in range(num_rounds):
             whereabouts.at("start")
             mine = chunks[number] if number < len(chunks) else None
@@ -268,10 +270,18 @@ def _num_pictures(view: _View, chunk: int) -> int:
     return view.writer.rows(chunk).stop - view.writer.rows(chunk).start
 
 
-def _pixels(chunks: Sequence[tuple[_View, int]]) -> Iterator[Batch]:
-    """The batches of the chunks, by as few starts of loader processes as can be."""
-    for loader, group in groupby(chunks, key=lambda each: each[0].loader):
-        yield from loader.numbered([n for view, chunk in group for n in view.micro_batches(chunk)])
+def _features(
+    network: FeatureNetwork, chunks: Sequence[tuple[_View, int]]
+) -> Generator[tuple[Batch, Tensor], None, None]:
+    """The batches of the chunks with their features, by few starts of loader processes."""
+    is_closed = Event()
+
+    def pixels() -> Iterator[Batch]:
+        for loader, group in groupby(chunks, key=lambda each: each[0].loader):
+            numbers = [n for view, chunk in group for n in view.micro_batches(chunk)]
+            yield from loader.numbered(numbers, is_closed)
+
+    return network.features(pixels(), is_closed) if chunks else (each for each in ())
 
 
 def _write(made: Iterator[tuple[Batch, Tensor]], mine: tuple[_View, int]) -> int:

@@ -30,6 +30,7 @@ _SOURCES = (
     "model/backbone.py",
     "model/folding.py",
     "model/image_stream.py",
+    "training/feature_network.py",
 )
 """Files of ours that decide what the features are."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from threading import Event
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from magneto_dist.batch import Batch
 from magneto_dist.config import Config
+from magneto_dist.data.ahead import Stopwatch
 from magneto_dist.errors import InputError
 from magneto_dist.model.backbone import Backbone
 from magneto_dist.model.image_stream import frozen_regions
@@ -32,7 +34,7 @@ class FeatureNetwork:
         self.dtype = HALF_DTYPES[config.data.feature_dtype]
         self._image_size = config.augment.image_size
         self._backbone, self._device = backbone, session.device
-        self._ahead = computed_ahead(config, session)
+        self._config, self._session = config, session
 
     @torch.no_grad()
     def shape(self) -> tuple[int, int]:
@@ -42,9 +44,13 @@ class FeatureNetwork:
         return num_regions, num_channels
 
     def features(
-        self, batches: Iterator[Batch]
-    ) -> Iterator[tuple[Batch, Float[Tensor, "batch region channel"]]]:
+        self, batches: Iterator[Batch], closing: Event
+    ) -> Generator[tuple[Batch, Float[Tensor, "batch region channel"]], None, None]:
         """Each batch with its features, on the CPU and zero in rows that are not valid.
+
+        Args:
+            batches: with pixels.
+            closing: as for `made_ahead`.
 
         Raises:
             InputError: one of them is not finite in the dtype that is kept.
@@ -52,7 +58,14 @@ class FeatureNetwork:
         # A copy: the model itself goes to the device when it is prepared.
         backbone = copy.deepcopy(self._backbone).to(self._device)
         backbone.fold()
-        return self._ahead(batches, lambda batch: (batch, self._of(backbone, batch)))
+        return computed_ahead(
+            lambda batch: (batch, self._of(backbone, batch)),
+            self._config,
+            self._session,
+            batches,
+            Stopwatch(),
+            closing,
+        )
 
     def _of(self, backbone: Backbone, batch: Batch) -> Float[Tensor, "batch region channel"]:
         assert batch.pixels is not None

@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ class Job:
     @property
     def total_steps(self) -> int:
         """The step at which the run is done."""
-        steps = self.config.train.epochs * self.feed.steps_per_epoch
+        steps = self.config.train.epochs * self.feed.loader.steps_per_epoch
         return min(steps, self.config.max_steps or steps)
 
 
@@ -103,7 +104,13 @@ def train(job: Job, progress: Progress) -> Progress:
     if _evaluation_is_due(job, progress.step) and not progress.evaluated:
         require_finite_state(job.session, job.model, progress.step, loss=None)
         progress = _evaluate_and_save(job, progress)
-    batches = job.feed.batches(progress.step + 1, job.total_steps)
+    with closing(job.feed.batches(progress.step + 1, job.total_steps)) as batches:
+        progress = _train_steps(job, progress, batches)
+    job.checkpoints.wait()
+    return progress
+
+
+def _train_steps(job: Job, progress: Progress, batches: Iterator[Batch]) -> Progress:
     for step in range(progress.step + 1, job.total_steps + 1):
         with job.telemetry.waiting_for_data(step, job.feed):
             micro_batches = list(itertools.islice(batches, job.plan.micro_steps))
@@ -134,7 +141,6 @@ def train(job: Job, progress: Progress) -> Progress:
             job.checkpoints.save(progress)
             job.checkpoints.wait()
             raise PreemptedError(f"stopped by a signal after step {step}; everything is saved")
-    job.checkpoints.wait()
     return progress
 
 
@@ -221,7 +227,7 @@ def _reduce_counts(job: Job, micro_batches: Sequence[Batch]) -> tuple[Counts, bo
 def _evaluation_is_due(job: Job, step: int) -> bool:
     if step == 0:
         return False
-    every_steps = job.config.train.eval_every_epochs * job.feed.steps_per_epoch
+    every_steps = job.config.train.eval_every_epochs * job.feed.loader.steps_per_epoch
     return step % every_steps == 0 or step >= job.total_steps
 
 
@@ -247,7 +253,7 @@ def _settle_gradient_buckets(job: Job) -> None:
     """
     if not job.session.is_ddp:
         return
-    batch = job.feed.empty_batch().to(job.session.device)
+    batch = job.feed.loader.empty_batch().to(job.session.device)
     counts = torch.ones(2, dtype=torch.float64, device=job.session.device)
     with job.session.micro_step(job.model, is_last=True):
         loss = ets_loss(job.model(**batch.inputs()), batch, counts, job.config.loss).total

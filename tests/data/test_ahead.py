@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures.thread import BrokenThreadPool
 
 import pytest
 
@@ -63,40 +65,90 @@ def test_an_error_comes_in_the_place_of_its_item(fails_in: str) -> None:
         next(made)
 
 
-def test_closing_ends_the_threads_and_the_source() -> None:
-    closed = threading.Event()
+class Source:
+    """Numbers without end; knows whether it was closed."""
 
-    def endless() -> Iterator[int]:
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def __iter__(self) -> Iterator[int]:
         try:
-            while True:
-                yield 1
+            yield from itertools.count()
         finally:
-            closed.set()
+            self.closed.set()
 
-    before = threading.active_count()
-    made = made_ahead(endless(), lambda item: item, depth=2, num_threads=2)
+
+def our_threads() -> set[str]:
+    return {t.name for t in threading.enumerate() if t.name.startswith(("take", "make"))}
+
+
+def test_closing_ends_the_threads_and_the_source() -> None:
+    source = Source()
+    made = made_ahead(iter(source), lambda item: item, depth=2, num_threads=2)
     next(made)
-    assert threading.active_count() > before
+    assert our_threads()
     made.close()
-    del made
-    assert closed.wait(30)
-    assert threading.active_count() == before
+    assert source.closed.is_set()
+    assert not our_threads()
 
 
-def test_only_sources_count_as_waited_for() -> None:
-    def slow(of: str, wanted: str) -> None:
-        time.sleep(0.2 if of == wanted else 0)
+def test_closing_breaks_off_a_source_that_waits_if_it_can_be_told() -> None:
+    closing, ended = threading.Event(), threading.Event()
 
-    def waited(who: str) -> float:
-        def sources() -> Iterator[int]:
-            for number in (1, 2, 3):
-                slow("source", who)
-                yield number
+    def waits() -> Iterator[int]:
+        yield 1
+        assert closing.wait(60)
+        ended.set()
 
-        waiting = Stopwatch()
-        made = made_ahead(sources(), lambda _: slow("make", who), depth=2, waiting=waiting)
-        assert len(list(made)) == 3
-        return waiting.elapsed_s
+    made = made_ahead(waits(), lambda item: item, depth=2, closing=closing)
+    assert next(made) == 1
+    made.close()
+    assert ended.is_set()
 
-    assert waited("source") > 0.4
-    assert waited("make") < 0.1
+
+@pytest.mark.parametrize("fails", ["make", "settle_thread"])
+def test_an_error_ends_the_source_and_the_threads(fails: str) -> None:
+    def fail(*_: int) -> None:
+        raise OSError("no more")
+
+    source = Source()
+    made = made_ahead(
+        iter(source),
+        fail if fails == "make" else lambda item: item,
+        depth=3,
+        num_threads=2,
+        **({"settle_thread": fail} if fails == "settle_thread" else {}),
+    )
+    with pytest.raises((OSError, BrokenThreadPool)):
+        next(made)
+    assert source.closed.is_set()
+    assert not our_threads()
+
+
+@pytest.mark.parametrize(
+    ("source_s", "make_s", "num_threads", "least_s", "most_s"),
+    [
+        (0.2, 0.0, 1, 0.5, 2.0),  # all of it
+        (0.0, 0.2, 1, 0.0, 0.3),  # nothing of 0.8
+        (0.2, 0.3, 4, 0.5, 2.0),  # threads have nothing to do
+        (0.1, 0.4, 2, 0.0, 0.4),  # they have: only the first source is waited for
+    ],
+)
+def test_what_counts_as_waiting_is_what_more_sources_would_have_saved(
+    source_s: float, make_s: float, num_threads: int, least_s: float, most_s: float
+) -> None:
+    def sources() -> Iterator[int]:
+        for number in range(4):
+            time.sleep(source_s)
+            yield number
+
+    waiting = Stopwatch()
+    made = made_ahead(
+        sources(),
+        lambda _: time.sleep(make_s) or 1,
+        depth=num_threads + 1,
+        num_threads=num_threads,
+        waiting=waiting,
+    )
+    assert len(list(made)) == 4
+    assert least_s <= waiting.elapsed_s <= most_s

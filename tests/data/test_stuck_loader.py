@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from magneto_dist.config import AugmentConfig, Config, DataConfig
+from magneto_dist.data.ahead import made_ahead
 from magneto_dist.data.loader import Loader
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.shards import Dataset
@@ -50,20 +52,44 @@ def sleeps(records: Iterator[Record]) -> Iterator[Record]:
     yield from records
 
 
-def test_a_stage_that_hangs_is_one_clear_error(small_dataset_dir):
-    config = Config(
-        augment=AugmentConfig(image_size=16),
-        data=DataConfig(
-            num_workers=1, decoder="cpu", loader_timeout_s=1.0, stages=(f"{__name__}:sleeps",)
-        ),
-    )
-    loader = Loader(
-        Dataset.open(str(small_dataset_dir)),
+_seen = []
+
+
+def sleeps_later(records: Iterator[Record]) -> Iterator[Record]:
+    """Only the first batch of a loader process comes."""
+    if _seen:
+        time.sleep(600)
+    _seen.append(1)
+    yield from records
+
+
+def loader_with(folder, **data) -> Loader:
+    return Loader(
+        Dataset.open(str(folder)),
         "train",
-        config,
+        Config(
+            augment=AugmentConfig(image_size=16),
+            data=DataConfig(num_workers=1, decoder="cpu", **data),
+        ),
         World(),
         BatchPlan.derive(8, 1, 8, 1),
         training=True,
     )
+
+
+def test_a_stage_that_hangs_is_one_clear_error(small_dataset_dir):
+    loader = loader_with(small_dataset_dir, loader_timeout_s=1.0, stages=(f"{__name__}:sleeps",))
     with pytest.raises(InputError, match="a stage of your own hangs"):
         next(loader.batches(1, 2))
+
+
+def test_who_no_longer_wants_batches_does_not_wait_for_a_stage_that_hangs(small_dataset_dir):
+    loader = loader_with(small_dataset_dir, stages=(f"{__name__}:sleeps_later",))
+    closing = threading.Event()
+    batches = made_ahead(
+        loader.batches(1, 5, closing), lambda batch: batch, depth=2, closing=closing
+    )
+    next(batches)
+    started_at_s = time.monotonic()
+    batches.close()
+    assert time.monotonic() - started_at_s < 60  # the stage sleeps ten times as long

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +24,15 @@ from magneto_dist.training.feed import Feed
 from magneto_dist.training.session import Session
 from processes import REPOSITORY, TINY, losses, run
 from strategies import train
+from training_rounds import Ready
 
 FROZEN = {
     "whole": ["--model.frozen_stages=all"],
     "half": ["--model.frozen_stages=1"],
     "half in 16 bits": ["--model.frozen_stages=1", "--model.frozen_precision=bf16"],
     "half, mixed precision": ["--model.frozen_stages=1", "--train.precision=bf16"],
+    "half, accumulated": ["--model.frozen_stages=1", "--train.max_micro_batch_size=4"],
+    "half, averaged": ["--model.frozen_stages=1", "--train.ema_decay=0.9"],
     "contiguous": ["--model.frozen_stages=1", "--train.channels_last=false"],
 }
 
@@ -100,25 +105,31 @@ class Parts:
         self.loader = Loader(dataset, "train", self.config, self.session.world, plan, training=True)
         self.model: nn.Module = initial_model(self.config, dataset, None)
 
-    def feed(self, **training: object) -> Feed:
+    def feed(self, loader: Any = None, *, shows_pictures: bool = False, **training: Any) -> Feed:
         """With other settings of training."""
-        config = replace(self.config, train=replace(self.config.train, **training))  # type: ignore[arg-type]
-        return Feed(self.loader, config, self.session, self.model)
+        config = replace(self.config, train=replace(self.config.train, **training))
+        return Feed(
+            loader or self.loader, config, self.session, self.model, shows_pictures=shows_pictures
+        )
 
 
 def has_features(feed: Feed) -> bool:
     """Whether batches come with what the frozen stages make of them."""
-    batches = feed.batches(1, 1)
-    return next(batches).features is not None
+    with closing(feed.batches(1, 1)) as batches:
+        return next(batches).features is not None
 
 
-def test_features_are_those_of_the_frozen_stages_and_pictures_stay(demo_shards: Path) -> None:
+@pytest.mark.parametrize("shows_pictures", [True, False])
+def test_features_are_those_of_the_frozen_stages(demo_shards: Path, shows_pictures: bool) -> None:
     parts = Parts(demo_shards)
     backbone = parts.model.image_stream.backbone  # type: ignore[union-attr]
-    ahead, as_made = parts.feed().batches(1, 6), parts.loader.batches(1, 6)
-    for fed, batch in zip(ahead, as_made, strict=True):
+    ahead = parts.feed(shows_pictures=shows_pictures).batches(1, 6)
+    for fed, batch in zip(ahead, parts.loader.batches(1, 6), strict=True):
         assert fed.keys == batch.keys
-        assert torch.equal(fed.pixels, batch.pixels)  # type: ignore[arg-type]
+        if shows_pictures:
+            assert torch.equal(fed.pixels, batch.pixels)  # type: ignore[arg-type]
+        else:
+            assert fed.pixels is None
         grid = backbone.frozen_features(batch.pixels)
         assert torch.equal(fed.features, grid.flatten(2).transpose(1, 2))  # type: ignore[arg-type]
         assert not fed.features.requires_grad  # type: ignore[union-attr]
@@ -142,16 +153,15 @@ def test_waiting_is_for_the_loader_alone(demo_shards: Path, overlap: bool) -> No
     parts = Parts(demo_shards)
     (batch,) = parts.loader.batches(1, 1)
 
-    class Slow:
-        def batches(self, first: int, last: int) -> Iterator[Batch]:
-            for _ in range(first, last + 1):
+    class Slow(Ready):
+        def batches(self, *steps: Any) -> Iterator[Batch]:
+            for ready in super().batches(*steps):
                 time.sleep(0.2)
-                yield batch
+                yield ready
 
-    parts.loader = Slow()  # type: ignore[assignment]
-    feed = parts.feed(overlap=overlap)
+    feed = parts.feed(Slow([[batch]], parts.loader), overlap=overlap)
     assert len(list(feed.batches(1, 3))) == 3
-    assert feed.waited_s == pytest.approx(0.6, abs=0.15)
+    assert 0.55 < feed.waited_s < 3
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import replace
+from threading import Event
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from magneto_dist.data.loader import Loader
 from magneto_dist.data.shards import Dataset
 from magneto_dist.parts import derive_plan
 from magneto_dist.training.checkpoint import Progress
+from magneto_dist.training.feed import Feed
 from magneto_dist.training.session import Session
 from processes import REPOSITORY
-from training_rounds import Rounds, endless, repeated, training_job
+from training_rounds import Ready, Rounds, endless, ready, training_job
 
 
 def test_bare_steps_are_those_of_the_loop(demo_shards, tmp_path):
@@ -43,7 +45,7 @@ def test_bare_steps_are_those_of_the_loop(demo_shards, tmp_path):
         with training_job(config, session, dataset, plan, loader, folder) as job:
             rounds = Rounds(job, warm_steps=1)
             if name == "loop":
-                taken[name] = rounds.loop(repeated(fixed), 2, of_feed=False)
+                taken[name] = rounds.loop(2, ready(job, fixed, overlap=False))
             else:
                 taken[name] = rounds.bare(fixed, 2)
             weights[name] = {k: v.clone() for k, v in job.model.state_dict().items()}
@@ -71,14 +73,16 @@ def test_waiting_is_the_time_in_which_batches_are_made(demo_shards, tmp_path):
     dataset = Dataset.open(str(demo_shards))
     plan = derive_plan(config, session, Progress())
     loader = Loader(dataset, "train", config, session.world, plan, training=True)
-    ready = repeated([list(loader.batches(1, 1))])
 
-    def slow(first: int, last: int):
-        for batch in ready(first, last):
-            time.sleep(0.2)
-            yield batch
+    class Slow(Ready):
+        def batches(self, first_step: int, last_step: int, closing: Event | None = None):
+            for batch in super().batches(first_step, last_step):
+                time.sleep(0.2)
+                yield batch
 
+    fixed = [list(loader.batches(1, 1))]
     with training_job(config, session, dataset, plan, loader, tmp_path / "run") as job:
-        taken = Rounds(job, warm_steps=1).loop(slow, 3, of_feed=False)
+        feed = Feed(Slow(fixed, loader), config, session, job.model)
+        taken = Rounds(job, warm_steps=1).loop(3, feed)
     assert taken.data_wait_s == pytest.approx(0.6, abs=0.3)  # 3 of 4 steps
     assert taken.wall_s > taken.data_wait_s
