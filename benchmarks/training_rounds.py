@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ from magneto_dist.parts import initial_model, prepare
 from magneto_dist.precision import autocast
 from magneto_dist.training.checkpoint import Progress
 from magneto_dist.training.checkpoint_writer import CheckpointWriter
-from magneto_dist.training.feed import Batches, Feed
+from magneto_dist.training.feed import Feed
 from magneto_dist.training.heartbeat import Whereabouts
 from magneto_dist.training.loop import Job, train
 from magneto_dist.training.optim import Schedule
@@ -195,7 +195,8 @@ def ready(job: Job, fixed: Sequence[Sequence[Batch]], *, overlap: bool = True) -
     """
     train_config = replace(job.config.train, overlap=overlap and job.config.train.overlap)
     config = replace(job.config, train=train_config)
-    return Feed(Ready(fixed, job.feed.loader), config, job.session, job.model)
+    loader: Any = Ready(fixed, job.feed.loader)
+    return Feed(loader, config, job.session, job.model)
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class Ready:
 
     fixed: Sequence[Sequence[Batch]]
     """Micro-batches by step."""
-    loader: Batches
+    loader: Loader
     """Whose they are."""
 
     def batches(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from threading import Event
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from torch import nn
 from magneto_dist.batch import Batch
 from magneto_dist.config import Config
 from magneto_dist.data.ahead import Stopwatch, made_ahead
+from magneto_dist.data.loader import Loader
 from magneto_dist.data.workers import cores_per_rank
 from magneto_dist.model.backbone import Backbone
 from magneto_dist.model.image_stream import ImageStream, frozen_regions
@@ -32,27 +33,6 @@ _MOST_THREADS = 4  # each of which has the activations of a micro-batch
 
 _Made = Generator[Batch, None, None]
 _Way = Callable[[Iterator[Batch], Stopwatch, Event], _Made]
-
-
-class Batches(Protocol):
-    """What a feed needs of a `Loader`."""
-
-    steps_per_epoch: int
-
-    @property
-    def micro_steps(self) -> int:
-        """Micro-batches of a step."""
-        ...
-
-    def batches(
-        self, first_step: int, last_step: int, closing: Event | None = None
-    ) -> Iterator[Batch]:
-        """As `Loader.batches`."""
-        ...
-
-    def empty_batch(self) -> Batch:
-        """As `Loader.empty_batch`."""
-        ...
 
 
 class Feed:
@@ -68,7 +48,7 @@ class Feed:
 
     def __init__(
         self,
-        loader: Batches,
+        loader: Loader,
         config: Config,
         session: Session,
         model: nn.Module,

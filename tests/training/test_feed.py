@@ -26,14 +26,12 @@ from processes import REPOSITORY, TINY, losses, run
 from strategies import train
 from training_rounds import Ready
 
+HALF = "--model.frozen_stages=1"
 FROZEN = {
     "whole": ["--model.frozen_stages=all"],
-    "half": ["--model.frozen_stages=1"],
-    "half in 16 bits": ["--model.frozen_stages=1", "--model.frozen_precision=bf16"],
-    "half, mixed precision": ["--model.frozen_stages=1", "--train.precision=bf16"],
-    "half, accumulated": ["--model.frozen_stages=1", "--train.max_micro_batch_size=4"],
-    "half, averaged": ["--model.frozen_stages=1", "--train.ema_decay=0.9"],
-    "contiguous": ["--model.frozen_stages=1", "--train.channels_last=false"],
+    "accumulated, averaged": [HALF, "--train.max_micro_batch_size=4", "--train.ema_decay=0.9"],
+    "16 bits, contiguous": [HALF, "--model.frozen_precision=bf16", "--train.channels_last=false"],
+    "mixed precision": [HALF, "--train.precision=bf16"],
 }
 
 
@@ -66,7 +64,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_on_two_ranks(
     demo_shards: Path, tmp_path: Path
 ) -> None:
     def go(run_dir: Path, *more: str) -> None:
-        run("train_ls.py", *options(demo_shards, run_dir, *FROZEN["half"], *more), ranks=2)
+        run("train_ls.py", *options(demo_shards, run_dir, HALF, *more), ranks=2)
 
     go(tmp_path / "whole")
     go(tmp_path / "halves", "--max_steps=3")
@@ -82,7 +80,7 @@ def test_other_ways_of_training_are_the_same_too(
     demo_shards: Path, tmp_path: Path, strategy: str
 ) -> None:
     for overlap in ("true", "false"):
-        more = [*FROZEN["half"], f"--train.overlap={overlap}"]
+        more = [HALF, f"--train.overlap={overlap}"]
         train(strategy, demo_shards, tmp_path / overlap, *more, steps=4)
     assert losses(tmp_path / "true") == losses(tmp_path / "false")
 
