@@ -307,7 +307,7 @@ class Session:
 
     def held_state(self, model: nn.Module) -> list[Tensor]:
         """Weights and buffers as this process holds them: in ZeRO-3 and FSDP2 its part of each."""
-        weights = [getattr(weight, "ds_tensor", weight) for weight in model.parameters()]
+        weights = [zero.held_part(weight, self.world.rank) for weight in model.parameters()]
         weights = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
         return [tensor.detach() for tensor in (*weights, *model.buffers())]
 

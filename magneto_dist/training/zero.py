@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from magneto_dist.config import Precision
 from magneto_dist.data.order import BatchPlan
 
@@ -48,3 +50,16 @@ def complete_settings(
     settings.setdefault("zero_optimization", {}).update(
         stage3_gather_16bit_weights_on_model_save=True
     )
+
+
+def held_part(weight: Tensor, rank: int) -> Tensor:
+    """What this rank holds of a weight: under ZeRO-3 its part, else all of it.
+
+    The last parts of a weight that cannot be cut evenly end in memory that nobody has written, and
+    that may hold anything: it is left out.
+    """
+    if not hasattr(weight, "ds_tensor"):
+        return weight
+    part: Tensor = weight.ds_tensor  # type: ignore[attr-defined]
+    num_left = weight.ds_numel - rank * part.numel()  # type: ignore[attr-defined]
+    return part.flatten()[: max(num_left, 0)]

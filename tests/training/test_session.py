@@ -14,6 +14,7 @@ from magneto_dist.data.order import BatchPlan
 from magneto_dist.model.norm import GhostBatchNorm2d
 from magneto_dist.training.loop import settle_batch_norms
 from magneto_dist.training.session import Session
+from magneto_dist.training.zero import held_part
 
 
 @pytest.fixture
@@ -82,3 +83,19 @@ def test_the_norm_is_that_of_unscaled_gradients_and_moves_nothing(
     assert squares == expected
     assert norm is not None
     assert norm.item() == pytest.approx(sum(squares) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(("numel", "num_ranks"), [(5, 2), (6, 2), (1, 4), (9, 4)])
+def test_what_nobody_has_written_is_no_part_of_a_weight(numel: int, num_ranks: int) -> None:
+    """DeepSpeed rounds the parts up, and leaves the memory beyond the weight as it came."""
+    size = -(-numel // num_ranks)
+    padded = torch.full((size * num_ranks,), torch.nan)
+    padded[:numel] = torch.arange(float(numel))
+    held = []
+    for rank in range(num_ranks):
+        weight = nn.Parameter(torch.empty(0))
+        weight.ds_numel, weight.ds_tensor = numel, padded[rank * size : (rank + 1) * size]  # type: ignore[attr-defined]
+        held.append(held_part(weight, rank))
+    assert torch.equal(torch.cat(held), torch.arange(float(numel)))
+    whole = nn.Parameter(torch.ones(2, 3))
+    assert held_part(whole, 1) is whole
