@@ -13,7 +13,6 @@ while those before them are decoded; what the timed part needs is not there when
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import multiprocessing
 import os
@@ -35,7 +34,6 @@ import numpy as np
 import psutil
 import simplejpeg
 import torch
-from PIL import Image
 
 from command_line import at_least, folder_of_jpegs, folder_to_fill, parser
 from harness import compare_measured, reason_of, report
@@ -50,8 +48,8 @@ from magneto_dist.data.writer import write_dataset
 from magneto_dist.errors import InputError, exit_with_clear_errors
 from magneto_dist.vocabulary import Vocabulary
 from magneto_dist.world import World
+from photographs import HEIGHT, WIDTH, make_photographs, write_files
 
-WIDTH, HEIGHT, QUALITY = 500, 375, 86  # about 50 kB
 WARM_BATCHES = 12
 SAMPLES_PER_SHARD = 256
 READ_AHEAD_STEPS = 8  # two shards
@@ -193,7 +191,7 @@ def _run_alone(given: argparse.Namespace) -> None:
     os._exit(0)  # some loaders take seconds to end, and some never do
 
 
-# Photographs ------------------------------------------------------------------------------------
+# Data sets --------------------------------------------------------------------------------------
 
 
 def _make(folder: Path, photos: Path, num_items: int, names: list[str]) -> None:
@@ -212,31 +210,6 @@ def _make(folder: Path, photos: Path, num_items: int, names: list[str]) -> None:
         write(folder, photographs)
 
 
-def make_photographs(photos: Path, num_items: int) -> dict[str, bytes]:
-    """JPEGs by key, all different, of the size that this benchmark is about.
-
-    Args:
-        photos: folder with the JPEGs that they are parts of.
-        num_items: how many.
-
-    Raises:
-        InputError: one of those is no picture.
-    """
-    originals = [_read(path) for path in sorted(photos.glob("*.jpg"))]
-    generator = np.random.default_rng(0)
-    return {
-        f"photo-{number:06}": _photograph(originals[number % len(originals)], generator)
-        for number in range(num_items)
-    }
-
-
-def _read(path: Path) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:  # PIL.UnidentifiedImageError is one
-        raise InputError(f"{path}: no picture can be read ({error})") from None
-
-
 def _write_shards(folder: Path, photographs: dict[str, bytes]) -> None:
     write_dataset(
         folder / "shards",
@@ -247,28 +220,6 @@ def _write_shards(folder: Path, photographs: dict[str, bytes]) -> None:
         num_processes=1,
         source={"builder": "benchmark"},
     )
-
-
-def write_files(folder: Path, photographs: dict[str, bytes]) -> None:
-    """Writes JPEGs by key to `folder/files`."""
-    (folder / "files").mkdir()
-    for key, content in photographs.items():
-        (folder / "files" / f"{key}.jpg").write_bytes(content)
-
-
-def _photograph(original: Image.Image, generator: np.random.Generator) -> bytes:
-    """A part of the original, somewhat enlarged at most, so that no two are equal."""
-    scale = max(WIDTH / original.width, HEIGHT / original.height) * generator.uniform(1, 1.3)
-    width, height = (
-        max(WIDTH, int(original.width * scale)),
-        max(HEIGHT, int(original.height * scale)),
-    )
-    left = int(generator.integers(0, width - WIDTH + 1))
-    top = int(generator.integers(0, height - HEIGHT + 1))
-    part = original.resize((width, height), Image.Resampling.LANCZOS)
-    content = io.BytesIO()
-    part.crop((left, top, left + WIDTH, top + HEIGHT)).save(content, "JPEG", quality=QUALITY)
-    return content.getvalue()
 
 
 def _sample(row: tuple[str, bytes]) -> Sample:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from loader import make_photographs, write_files
 from magneto_dist.config import Config
 from magneto_dist.config_io import parse_command_line
 from magneto_dist.data.sample import Sample
 from magneto_dist.data.writer import write_dataset
 from magneto_dist.errors import InputError
 from magneto_dist.vocabulary import Vocabulary
+from photographs import make_photographs, write_files
 from training_rounds import LR
 
 REPOSITORY = Path(__file__).parent.parent
