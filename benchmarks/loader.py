@@ -27,6 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -91,7 +92,9 @@ def main() -> None:
         "--workers", type=at_least(1), default=2, help="processes or threads (default: 2)"
     )
     options.add_argument("--policy", action="store_true", help="with AutoAugment")
-    options.add_argument("--only", nargs="*", help="loaders whose name contains one of these")
+    options.add_argument(
+        "--only", nargs="*", default=[], help="loaders of these names, or with these in their name"
+    )
     options.add_argument("--alone", help=argparse.SUPPRESS)  # one loader, in this process
     options.add_argument("--url", help=argparse.SUPPRESS)
     options.add_argument(
@@ -116,9 +119,14 @@ def _names(given: argparse.Namespace) -> list[str]:
     least = (WARM_BATCHES + given.workers) * given.batch_size  # each may be left with some
     if given.items < least:
         raise InputError(f"--items {given.items}: at least {least}, most of which warm up")
-    names = [n for n in _loaders() if not given.only or any(part in n for part in given.only)]
+    loaders = list(_loaders())
+    # A whole name means that one alone, though others begin with it.
+    meant = [
+        [part] if part in loaders else [n for n in loaders if part in n] for part in given.only
+    ]
+    names = [n for n in loaders if not meant or n in chain(*meant)]
     if not names:
-        raise InputError(f"--only {' '.join(given.only)}: there are {', '.join(_loaders())}")
+        raise InputError(f"--only {' '.join(given.only)}: there are {', '.join(loaders)}")
     return names
 
 
