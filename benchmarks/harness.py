@@ -89,18 +89,25 @@ def compare_measured(
             taken_s = alternatives[name]()
             if number >= 0:
                 seconds[name].append(taken_s)
-    reference = seconds[names[0]]
+    return timings_of(seconds, num_items, notes)
+
+
+def timings_of(
+    seconds: Mapping[str, Sequence[float]], num_items: int, notes: Mapping[str, str] | None = None
+) -> list[Timing]:
+    """Timings, given the seconds of each alternative in every round; the first is the reference."""
+    reference = next(iter(seconds.values()))
     return [
         Timing(
             name,
-            num_items / median(seconds[name]),
-            num_items / max(seconds[name]),
-            num_items / min(seconds[name]),
-            median(ours / own for ours, own in zip(reference, seconds[name], strict=True)),
+            num_items / median(taken_s),
+            num_items / max(taken_s),
+            num_items / min(taken_s),
+            median(ours / own for ours, own in zip(reference, taken_s, strict=True)),
             (notes or {}).get(name, ""),
-            tuple(num_items / taken_s for taken_s in seconds[name]),
+            tuple(num_items / each_s for each_s in taken_s),
         )
-        for name in names
+        for name, taken_s in seconds.items()
     ]
 
 

@@ -3,11 +3,14 @@
 python benchmarks/loader.py --photos FOLDER_OF_JPEGS [--policy] [--workers 2]
 
 Makes 500 x 375 photographs of those given and writes them in every form. Each loader then runs in
-a process of its own, in turn, and is timed from its 12th batch to the end of an epoch, so that
-starting costs nothing; in a first, untimed round the memory of all its processes is added up (PSS).
+a process of its own, in turn, and is timed from its 12th batch to the 12th before the end of an
+epoch, so that starting and ending cost nothing; in a first, untimed round the memory of all its
+processes is added up (PSS).
 `downloaded from HTTP` begins with an empty cache: shards are read one after the other, and fetched
 while those before them are decoded; what the timed part needs is not there when it begins.
 `decoding alone` decodes whole pictures that lie in memory and keeps nothing: the ceiling.
+With `--slice_s 0.5` all loaders of a round are started, and then run in slices of half a second:
+the way to tell a few percent between two of them on a machine that others use.
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Literal
 
@@ -35,9 +39,10 @@ import numpy as np
 import psutil
 import simplejpeg
 import torch
+from tqdm import tqdm
 
-from command_line import at_least, folder_of_jpegs, folder_to_fill, parser
-from harness import compare_measured, reason_of, report
+from command_line import above_zero, at_least, folder_of_jpegs, folder_to_fill, parser
+from harness import Timing, compare_measured, reason_of, report, timings_of
 from magneto_dist.config import AugmentConfig, Config, DataConfig, Decoder, TrainConfig
 from magneto_dist.data.augment import training_augmentations
 from magneto_dist.data.decode_cpu import CpuDecoder
@@ -50,8 +55,9 @@ from magneto_dist.errors import InputError, exit_with_clear_errors
 from magneto_dist.vocabulary import Vocabulary
 from magneto_dist.world import World
 from photographs import HEIGHT, WIDTH, make_photographs, write_files
+from slices import run_in_slices
 
-WARM_BATCHES = 12
+EDGE_BATCHES = 12  # at the start, to warm up, and at the end, where processes have less to do
 SAMPLES_PER_SHARD = 256
 READ_AHEAD_STEPS = 8  # two shards
 TAGS = tuple(f"tag-{number:02}" for number in range(20))
@@ -95,6 +101,12 @@ def main() -> None:
     options.add_argument(
         "--only", nargs="*", default=[], help="loaders of these names, or with these in their name"
     )
+    options.add_argument(
+        "--slice_s",
+        type=above_zero,
+        help="seconds that each loader runs before it is stopped for the next, all having been"
+        " started (default: one after the other, whole)",
+    )
     options.add_argument("--alone", help=argparse.SUPPRESS)  # one loader, in this process
     options.add_argument("--url", help=argparse.SUPPRESS)
     options.add_argument(
@@ -116,9 +128,9 @@ def main() -> None:
 
 
 def _names(given: argparse.Namespace) -> list[str]:
-    least = (WARM_BATCHES + given.workers) * given.batch_size  # each may be left with some
+    least = (2 * EDGE_BATCHES + given.workers) * given.batch_size  # each may be left with some
     if given.items < least:
-        raise InputError(f"--items {given.items}: at least {least}, most of which warm up")
+        raise InputError(f"--items {given.items}: at least {least}, most of which are not timed")
     loaders = list(_loaders())
     # A whole name means that one alone, though others begin with it.
     meant = [
@@ -136,34 +148,55 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 def _compare(given: argparse.Namespace, folder: Path, names: list[str]) -> None:
-    peak_mb: dict[str, float] = {}
-
-    def measure(name: str) -> float:
-        if name not in peak_mb:  # adding up memory takes time of the cores
-            peak_mb[name] = _start(name, folder, given, watch_memory=True)
-        return _start(name, folder, given, watch_memory=False)
-
-    timings = compare_measured(
-        {name: lambda name=name: measure(name) for name in names}, 1, given.rounds
-    )
+    commands = {name: _command(name, folder, given) for name in names}
+    timings = (_timed_in_slices if given.slice_s else _timed_in_turn)(commands, given)
     policy = "AutoAugment" if given.policy else "no policy"
     report(
         f"{WIDTH} x {HEIGHT} photographs to {given.size} px, {policy}, {given.workers} workers",
-        [replace(timing, note=f"{peak_mb[timing.name]:.0f} MB") for timing in timings],
+        timings,
         given.out,
     )
 
 
-def _start(name: str, folder: Path, given: argparse.Namespace, *, watch_memory: bool) -> float:
-    """Seconds a picture of a loader in a process of its own; or the peak memory of it, in MB."""
+def _timed_in_turn(
+    commands: Mapping[str, Sequence[str]], given: argparse.Namespace
+) -> list[Timing]:
+    peak_mb: dict[str, float] = {}
+
+    def measure(name: str) -> float:
+        if name not in peak_mb:  # adding up memory takes time of the cores
+            peak_mb[name] = _start(name, commands[name], watch_memory=True)
+        return _start(name, commands[name], watch_memory=False)
+
+    timings = compare_measured({name: partial(measure, name) for name in commands}, 1, given.rounds)
+    return [replace(timing, note=f"{peak_mb[timing.name]:.0f} MB") for timing in timings]
+
+
+def _timed_in_slices(
+    commands: Mapping[str, Sequence[str]], given: argparse.Namespace
+) -> list[Timing]:
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in tqdm(range(given.rounds), unit="round", disable=None):
+        for name, ran in run_in_slices(commands, given.slice_s, _environment()).items():
+            seconds[name].append(_seconds_a_picture(ran.last_line, ran.seconds))
+    return timings_of(seconds, 1)
+
+
+def _command(name: str, folder: Path, given: argparse.Namespace) -> list[str]:
     command = [sys.executable, __file__, "--alone", name, "--folder", str(folder)]
     for option in ("photos", "size", "batch_size", "workers", "url"):
         command += [f"--{option}", str(getattr(given, option))]
+    return command + ["--policy"] * given.policy
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def _start(name: str, command: Sequence[str], *, watch_memory: bool) -> float:
+    """Seconds a picture of a loader in a process of its own; or the peak memory of it, in MB."""
     process = subprocess.Popen(
-        command + ["--policy"] * given.policy,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment()
     )
     peak = 0
     while watch_memory and process.poll() is None:
@@ -172,7 +205,15 @@ def _start(name: str, folder: Path, given: argparse.Namespace, *, watch_memory: 
     output, errors = process.communicate()
     if process.returncode != 0:
         raise InputError(f"{name} failed: {reason_of(errors.decode())}")
-    return peak / 1e6 if watch_memory else json.loads(output.splitlines()[-1])
+    if watch_memory:
+        return peak / 1e6
+    return _seconds_a_picture(output.splitlines()[-1], lambda start_s, end_s: end_s - start_s)
+
+
+def _seconds_a_picture(said: str | bytes, between: Callable[[float, float], float]) -> float:
+    """From what a loader has said at its end; `between` two moments it has run so many seconds."""
+    timed = json.loads(said)
+    return between(timed["start_s"], timed["end_s"]) / timed["pictures"]
 
 
 def _memory(process: psutil.Process) -> int:
@@ -191,11 +232,13 @@ def _run_alone(given: argparse.Namespace) -> None:
     )
     loader = OURS.get(given.alone) or _loaders()[given.alone]
     batches = loader(setting)
-    for _ in range(WARM_BATCHES):
-        next(batches)
-    started_at_s = time.perf_counter()
-    num_pictures = sum(batches)
-    print((time.perf_counter() - started_at_s) / num_pictures, flush=True)
+    arrived = [(next(batches), time.perf_counter()) for _ in range(EDGE_BATCHES)]
+    print("warm", flush=True)
+    arrived += ((pictures, time.perf_counter()) for pictures in batches)
+    timed = arrived[EDGE_BATCHES - 1 : -EDGE_BATCHES]
+    start_s, end_s = timed[0][1], timed[-1][1]
+    pictures = sum(number for number, _ in timed[1:])
+    print(json.dumps({"start_s": start_s, "end_s": end_s, "pictures": pictures}), flush=True)
     os._exit(0)  # some loaders take seconds to end, and some never do
 
 
@@ -267,28 +310,35 @@ def _ours(
 
 
 def _decode_only(setting: Setting, augmented: bool) -> Iterator[int]:
-    """Each process decodes its share from memory and says only how much it has done."""
+    """Processes decode batches that lie in memory, and say only that it is done."""
     context = multiprocessing.get_context("fork")
-    done = context.Queue()
-    paths = sorted((setting.folder / "files").iterdir())
-    shares = [paths[worker :: setting.num_workers] for worker in range(setting.num_workers)]
-    for share in shares:
-        context.Process(
-            target=_decode_share, args=(setting, share, augmented, done), daemon=True
-        ).start()
-    for _ in range(sum(len(share) // setting.batch_size for share in shares)):
+    images = [path.read_bytes() for path in sorted((setting.folder / "files").iterdir())]
+    batches = len(images) // setting.batch_size
+    done, taken = context.Queue(), context.Value("q", 0)
+    for _ in range(setting.num_workers):
+        arguments = (setting, images, batches, augmented, done, taken)
+        context.Process(target=_decode_batches, args=arguments, daemon=True).start()
+    for _ in range(batches):
         yield done.get()
 
 
-def _decode_share(
-    setting: Setting, paths: list[Path], augmented: bool, done: multiprocessing.Queue[int]
+def _decode_batches(
+    setting: Setting,
+    images: Sequence[bytes],
+    batches: int,
+    augmented: bool,
+    done: multiprocessing.Queue[int],
+    taken: Synchronized[int],
 ) -> None:
-    images = [path.read_bytes() for path in paths]
     config = AugmentConfig(image_size=setting.size, policy="imagenet" if setting.policy else "none")
     augmentations = training_augmentations(0, 0, np.arange(len(images)), config)
     decoder = CpuDecoder(setting.size, 100.0)
-    for start in range(0, len(images) - setting.batch_size + 1, setting.batch_size):
-        rows = slice(start, start + setting.batch_size)
+    while True:
+        with taken.get_lock():  # none is done before the others: that would leave a core idle
+            batch, taken.value = taken.value, taken.value + 1
+        if batch >= batches:
+            return
+        rows = slice(batch * setting.batch_size, (batch + 1) * setting.batch_size)
         if augmented:
             decoder(images[rows], augmentations[rows])
         else:

@@ -8,7 +8,8 @@ before). All see the same pictures (500 x 375 pixels) and tags. Each is tried wi
 and threads in several numbers (OMP_NUM_THREADS), for the cores are shared by loader and model, and
 ours on 2 ranks as well, each of which decodes and trains; what counts is the best of them. Then
 `training_rate_split.py` takes each apart: core-seconds an image of each stage. Cores / their sum is
-what is attainable on this machine.
+what is attainable on this machine. What a way reaches of it is measured with way and stages in
+turn, in slices of half a second: a shared machine is not as fast in one minute as in the next.
 
 Time is taken of steps with others before and after them: what is done ahead for later steps is as
 much as what earlier ones have done for these. Weights are random and the learning rate is low: they
@@ -28,7 +29,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean
 from typing import NamedTuple, NoReturn
 
 import psutil
@@ -37,6 +37,7 @@ from tqdm import tqdm
 from command_line import at_least, folder_of_jpegs, folder_to_fill, parser
 from harness import Timing, compare_measured, reason_of, report, save
 from magneto_dist.errors import InputError, exit_with_clear_errors
+from slices import run_in_slices
 from training_rate_data import REPOSITORY, SET_UPS, Case
 from training_rate_paper import (
     batches_of_paper,
@@ -57,12 +58,14 @@ from training_rounds import ENDLESS
 
 PAPER, LIVE, CACHED = "the paper's way", "this system", "cached features"
 TIMES = "times the paper's way"
-CACHED_WINDOWS = 4  # one would be over in a second
+WINDOWS, CACHED_WINDOWS = 2, 8  # of steps between two lines of the log
 RANKS = 2
+SLICE_S = 0.5
 _LOOK_S = 0.02  # looking takes time of the cores
 
 Cost = dict[str, float]
-"""Of an image: `clock_s`, and `core_s` of the training processes."""
+"""`core_s` of the training processes for an image; `start_s` and `end_s` of the timed steps, by
+`time.perf_counter`, and `items` in them."""
 
 
 class How(NamedTuple):
@@ -88,7 +91,8 @@ def main() -> None:
     """Command line -> tables, and a file with --out."""
     given, overrides = _parse()
     if given.alone:
-        _run_alone(Case.of(given.setting, given.folder, given.items, overrides), given)
+        case = Case.of(given.setting, given.folder, given.items, overrides)
+        _run_alone(_Starter(case, overrides), case, given)
     with tempfile.TemporaryDirectory() as temporary:
         case = Case.of(given.setting, given.folder or Path(temporary), given.items, overrides)
         if given.photos is None:
@@ -117,35 +121,29 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
 
 def _compare(case: Case, given: argparse.Namespace, overrides: Sequence[str]) -> tuple[str, dict]:
     hows = {str(how): how for how in _hows(case)}
-    start = _Starter(given, case, overrides)
-    costs: dict[str, list[Cost]] = {name: [] for name in hows}
+    start = _Starter(case, overrides)
 
     def measure(name: str) -> float:
-        costs[name].append(start(hows[name]))
-        return costs[name][-1]["clock_s"]
+        cost = start(hows[name])
+        return (cost["end_s"] - cost["start_s"]) / cost["items"]
 
     timings = compare_measured({name: lambda n=name: measure(n) for name in hows}, 1, given.rounds)
-    # With one thread: several wait for each other by turning in circles, which is no work.
-    single: dict[str, How] = {}
-    for how in hows.values():
-        if how.threads == 1:
-            single.setdefault(how.column, how)
-    splits: dict[str, list[Split]] = {column: [] for column in single}
-    turns = [how for _ in range(given.rounds) for how in single.values()]
-    for how in tqdm(turns, "core-seconds of stages", unit="call", disable=None):
-        splits[how.column].append(start.split(how))
-    whole, best = {}, {}
-    for column, how in single.items():
-        training_s = medians(costs[str(how)][1:])["core_s"]
-        whole[column] = with_framework(medians(splits[column]), training_s)
-        best[column] = _best(timings, [str(h) for h in hows.values() if h.column == column])
+    best: dict[str, Timing] = {}
+    for timing in sorted(timings, key=lambda timing: timing.per_s):
+        best[hows[timing.name].column] = timing
+    columns = {column: hows[best[column].name] for column in (h.column for h in hows.values())}
+    found: dict[str, list[_Apart]] = {column: [] for column in columns}
+    turns = [column for _ in range(given.rounds) for column in columns]
+    for column in tqdm(turns, "core-seconds of stages", unit="call", disable=None):
+        found[column].append(start.apart(columns[column]))
+    whole = {column: medians([apart.split for apart in found[column]]) for column in columns}
     cores = len(os.sched_getaffinity(0))
     reached = {
         column: {
-            **attainable(whole[column], cores, best[column].per_s),
+            **attainable([(apart.split, apart.per_s) for apart in found[column]], cores),
             TIMES: best[column].per_s / best[PAPER].per_s,
         }
-        for column in whole
+        for column in columns
     }
     said = [
         f"{column} {found[TIMES]:.2f} {TIMES} and {found['share']:.0%} of what is attainable"
@@ -173,14 +171,19 @@ def _hows(case: Case) -> list[How]:
     return hows
 
 
-def _best(timings: Sequence[Timing], names: Sequence[str]) -> Timing:
-    return max((t for t in timings if t.name in names), key=lambda t: t.per_s)
+class _Apart(NamedTuple):
+    """A way beside its stages."""
+
+    split: Split
+    """With what is added, see `with_framework`."""
+    per_s: float
+    """Images/s of the way."""
 
 
 class _Starter:
     """Starts ways, each in a process of its own, on the same pictures and settings."""
 
-    def __init__(self, given: argparse.Namespace, case: Case, overrides: Sequence[str]) -> None:
+    def __init__(self, case: Case, overrides: Sequence[str]) -> None:
         items = case.steps * case.batch
         self._options = [f"--setting={case.name}", f"--items={items}", *overrides]
         self._options += [f"--folder={case.folder.parent}"]
@@ -189,8 +192,18 @@ class _Starter:
         """What a way finds out, after warming up."""
         return self._result(how, self._start(how))
 
-    def split(self, how: How) -> Split:
-        """The stages of a way, while all cores have as much to do, as in the way itself."""
+    def apart(self, how: How) -> _Apart:
+        """A way in turn with its stages, of which all cores do the same at a time."""
+        # With one thread: several wait for each other by turning in circles, which is no work.
+        stages = how._replace(way=f"{STAGES_OF}{how.way}", threads=1)
+        commands = {"way": self._command(how), "stages": self._command(stages)}
+        ran = run_in_slices(commands, SLICE_S, os.environ)
+        cost, split = json.loads(ran["way"].last_line), json.loads(ran["stages"].last_line)
+        clock_s = ran["way"].seconds(cost["start_s"], cost["end_s"])
+        return _Apart(with_framework(split, cost["core_s"]), cost["items"] / clock_s)
+
+    def stages(self, how: How) -> Split:
+        """Those of a way, while all cores have as much to do, as in the way itself."""
         how = how._replace(way=f"{SPLIT}{how.way}")
         copies = len(os.sched_getaffinity(0)) // how.ranks
         started = [self._start(how, how.ranks) for _ in range(max(copies, 1))]
@@ -199,28 +212,24 @@ class _Starter:
         finally:
             for process in started:
                 process.kill()  # the others, if one has failed
-        return {stage: mean(each[stage] for each in found) for stage in found[0]}
+        return medians(found)
 
     def _start(self, how: How, ranks: int = 1) -> subprocess.Popen[str]:
-        """In `ranks` processes; a whole way starts those of its ranks itself."""
-        command = [*_python(ranks), __file__, *self._options, "--alone", how.way]
         return subprocess.Popen(
-            [*command, f"--workers={how.workers}", f"--ranks={how.ranks}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=_environment(how.threads),
+            self._command(how, ranks), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+
+    def _command(self, how: How, ranks: int = 1) -> list[str]:
+        """For `ranks` processes; a whole way starts those of its ranks itself."""
+        environment = [f"OMP_NUM_THREADS={how.threads}", f"PYTHONPATH={REPOSITORY}"]
+        command = ["env", *environment, *_python(ranks), __file__, *self._options]
+        return [*command, f"--alone={how.way}", f"--workers={how.workers}", f"--ranks={how.ranks}"]
 
     def _result(self, how: How, process: subprocess.Popen[str]) -> dict[str, float]:
         said, complained = process.communicate()
         if process.returncode != 0:
             raise InputError(f"{how} failed: {reason_of(complained)}")
         return json.loads(said.splitlines()[-1])
-
-
-def _environment(threads: int) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY)}
 
 
 def _python(ranks: int) -> list[str]:
@@ -233,9 +242,15 @@ def _python(ranks: int) -> list[str]:
 # Whole ways -------------------------------------------------------------------------------------
 
 
-def _run_alone(case: Case, given: argparse.Namespace) -> NoReturn:
-    found = ALONE[given.alone](case, given.workers, given.ranks)
-    if os.environ.get("RANK", "0") == "0":
+def _run_alone(start: _Starter, case: Case, given: argparse.Namespace) -> NoReturn:
+    if is_first := os.environ.get("RANK", "0") == "0":
+        print("begins", flush=True)  # what is stopped for others is stopped from now on
+    if given.alone.startswith(STAGES_OF):
+        way = given.alone.removeprefix(STAGES_OF)
+        found = start.stages(How(way, given.workers, 1, given.ranks))
+    else:
+        found = ALONE[given.alone](case, given.workers, given.ranks)
+    if is_first:
         print(json.dumps(found), flush=True)
     os._exit(0)
 
@@ -251,13 +266,15 @@ def _paper(case: Case, workers: int, _: int) -> Cost:
         optimizer.zero_grad()
         clock_s[step], core_s[step] = time.perf_counter(), time.process_time()
     items = (steps - warm) * case.batch
-    return {
-        "clock_s": (clock_s[steps] - clock_s[warm]) / items,
-        "core_s": (core_s[steps] - core_s[warm]) / items,
-    }
+    core_s_of_an_image = (core_s[steps] - core_s[warm]) / items
+    return _cost(clock_s[warm], clock_s[steps], core_s_of_an_image, items)
 
 
-def _ours(case: Case, workers: int, ranks: int, *more: str, windows: int = 1) -> Cost:
+def _cost(start_s: float, end_s: float, core_s: float, items: int) -> Cost:
+    return {"start_s": start_s, "end_s": end_s, "core_s": core_s, "items": items}
+
+
+def _ours(case: Case, workers: int, ranks: int, *more: str, windows: int = WINDOWS) -> Cost:
     first = case.set_up.log_steps
     last = first * (1 + windows)
     with tempfile.TemporaryDirectory() as run_dir, tempfile.TemporaryFile("w+") as said:
@@ -278,30 +295,31 @@ def _ours(case: Case, workers: int, ranks: int, *more: str, windows: int = 1) ->
             stderr=said,
         )
         path = Path(run_dir) / "metrics.jsonl"
-        before_s, after_s = (_core_s_when_logged(process, path, s, ranks) for s in (first, last))
+        (start_s, before_s), (end_s, after_s) = (
+            _when_logged(process, path, step, ranks) for step in (first, last)
+        )
         if process.wait() != 0:
             said.seek(0)
             raise InputError(reason_of(said.read()))
-        lines = map(json.loads, path.read_text().splitlines())
-        speeds = [line["images_per_second"] for line in lines if line["split"] == "train"]
-    return {
-        "clock_s": sum(1 / speed for speed in speeds[1 : 1 + windows]) / windows,
-        "core_s": (after_s - before_s) / ((last - first) * case.batch),
-    }
+    items = (last - first) * case.batch
+    return _cost(start_s, end_s, (after_s - before_s) / items, items)
 
 
-def _core_s_when_logged(
+def _when_logged(
     process: subprocess.Popen[bytes], path: Path, step: int, ranks: int
-) -> float:
-    """What the training processes have taken when they log a step; 0 if they end before."""
+) -> tuple[float, float]:
+    """When a step is logged, and core-seconds of the training processes then; 0 if they end before.
+
+    In a run that is stopped for others the log's own times would be of no use.
+    """
     while process.poll() is None:
         if path.exists() and f'"step": {step},' in path.read_text():
             launched = psutil.Process(process.pid)
             training = [launched] if ranks == 1 else launched.children()
             times = [each.cpu_times() for each in training]
-            return sum(t.user + t.system for t in times)
+            return time.perf_counter(), sum(t.user + t.system for t in times)
         time.sleep(_LOOK_S)
-    return 0.0
+    return 0.0, 0.0
 
 
 def _cached(case: Case, workers: int, ranks: int) -> Cost:
@@ -309,7 +327,7 @@ def _cached(case: Case, workers: int, ranks: int) -> Cost:
     return _ours(case, workers, ranks, *more, windows=CACHED_WINDOWS)
 
 
-SPLIT = "split of "
+SPLIT, STAGES_OF = "split of ", "stages of "
 ALONE: dict[str, Callable[[Case, int, int], dict[str, float]]] = {
     PAPER: _paper,
     LIVE: _ours,

@@ -43,6 +43,8 @@ class SetUp:
     """Loader processes and threads of one training process."""
     log_steps: int
     """Steps from one line of our log to the next, between which time is taken."""
+    repeats: int
+    """Of each stage, one after the other in turn."""
     lowered: tuple[str, ...] = ()
     """Settings for a machine without a GPU."""
 
@@ -56,6 +58,7 @@ SET_UPS = {
         items=1024,
         tried=((1, 1), (2, 1), (1, 2)),
         log_steps=50,  # as in configs/nuswide.yaml
+        repeats=15,
     ),
     # About 43 tags; five of fifty important, as in the example of section 5.1. A second loader
     # process would have nothing to do: decoding is a hundredth of the work.
@@ -66,6 +69,7 @@ SET_UPS = {
         items=96,
         tried=((1, 1), (1, 2)),
         log_steps=3,
+        repeats=5,
         lowered=("--train.global_batch_size=16", "--model.batch_norm_group_size=8"),
     ),
 }

@@ -64,7 +64,6 @@ _LOAD, _FROZEN, _TRAINED, _OPTIMIZER, _REDUCE = STAGES
 _SEND, _FRAMEWORK = ADDED
 _HERE = "in the training process"  # of loading and sending
 _FEW_STEPS = 2
-_REPEATS = 6  # a first one warms up
 
 Split = dict[str, float]
 """Core-seconds an image by the name of a stage."""
@@ -86,7 +85,15 @@ def split_of_paper(case: Case) -> Split:
 
     return {
         **_loading(partial(batches_of_paper, case), case.steps, case.batch, ranks=1),
-        **_training(lambda: frozen(item[0]), compute, optimizer, [], case.batch, in_compute=True),
+        **_training(
+            lambda: frozen(item[0]),
+            compute,
+            optimizer,
+            [],
+            case.batch,
+            case.set_up.repeats,
+            in_compute=True,
+        ),
     }
 
 
@@ -123,7 +130,7 @@ def split_of_ours(case: Case, *, cached: bool) -> Split:
     images = case.batch / ranks
     split = {
         **_loading(batches, case.steps, images, ranks),
-        **_training(frozen, compute, optimizer, buckets, images),
+        **_training(frozen, compute, optimizer, buckets, images, case.set_up.repeats),
     }
     each = session.gather(split)
     session.close()
@@ -137,20 +144,23 @@ def with_framework(split: Split, training_s: float) -> Split:
     return {stage: every[stage] for stage in (*STAGES, *ADDED)}
 
 
-def attainable(split: Split, cores: int, reached: float) -> dict[str, float]:
-    """Images/s that this machine allows, and which share of them was reached.
+def attainable(rounds: Sequence[tuple[Split, float]], cores: int) -> dict[str, float]:
+    """Images/s that this machine allows, and which share of them was reached: medians of rounds.
 
     Args:
-        split: of `with_framework`.
+        rounds: of each what `with_framework` made of it, and the images/s reached in it.
         cores: that all processes share.
-        reached: images/s.
     """
-    core_s = sum(split[stage] for stage in STAGES)
+    core_s = [sum(split[stage] for stage in STAGES) for split, _ in rounds]
+    reached = [per_s for _, per_s in rounds]
+    shares = [per_s * taken_s / cores for per_s, taken_s in zip(reached, core_s, strict=True)]
     return {
-        "stages, core-ms": core_s * 1e3,
-        "attainable, images/s": cores / core_s,
-        "reached, images/s": reached,
-        "share": reached * core_s / cores,
+        "stages, core-ms": median(core_s) * 1e3,
+        "attainable, images/s": cores / median(core_s),
+        "reached, images/s": median(reached),
+        "share": median(shares),
+        "lowest share": min(shares),
+        "highest share": max(shares),
     }
 
 
@@ -214,28 +224,25 @@ def _training(
     optimizer: torch.optim.Optimizer,
     buckets: Sequence[torch.Tensor],
     images: float,
+    repeats: int,
     *,
     in_compute: bool = False,
 ) -> Split:
-    """`in_compute`: what is frozen is a part of `compute`, and taken off it."""
+    """Medians; a first call warms up. `in_compute`: `compute` has what is frozen, taken off it."""
 
-    def an_image(call: Callable[[], object] | None) -> float:
-        return 0.0 if call is None else _core_s(call) / images
-
-    frozen_s = an_image(frozen)
-    trained_s = an_image(compute) - (frozen_s if in_compute else 0.0)
-    optimizer_s = an_image(optimizer.step)  # gradients are there
     reduce = (lambda: [dist.all_reduce(bucket) for bucket in buckets]) if buckets else None
-    reduce_s = an_image(reduce)
-    stages = (_FROZEN, _TRAINED, _OPTIMIZER, _REDUCE)
-    return dict(zip(stages, (frozen_s, trained_s, optimizer_s, reduce_s), strict=True))
+    calls = {_FROZEN: frozen, _TRAINED: compute, _OPTIMIZER: optimizer.step, _REDUCE: reduce}
+    taken_s: dict[str, list[float]] = {stage: [] for stage in calls}
+    for _ in range(1 + repeats):  # in turn: no stage has a better minute of the machine
+        for stage, call in calls.items():
+            taken_s[stage].append(0.0 if call is None else _core_s(call))
+    split = {stage: median(each_s[1:]) / images for stage, each_s in taken_s.items()}
+    if in_compute:
+        split[_TRAINED] -= split[_FROZEN]
+    return split
 
 
 def _core_s(call: Callable[[], object]) -> float:
-    """Median core-seconds of a call."""
-    taken_s = []
-    for _ in range(_REPEATS):
-        before_s = time.process_time()
-        call()
-        taken_s.append(time.process_time() - before_s)
-    return median(taken_s[1:])
+    before_s = time.process_time()
+    call()
+    return time.process_time() - before_s

@@ -61,7 +61,7 @@ MISTAKES = {
     "loader.py": [
         (["--photos=nowhere"], "argument --photos: nowhere: no *.jpg there"),
         (["--photos=broken"], "broken/ü.jpg: no picture can be read"),
-        (["--photos=broken", "--items=64"], "--items 64: at least 896"),
+        (["--photos=broken", "--items=64"], "--items 64: at least 1664"),
         (["--photos=broken", "--only=mine"], "--only mine: there are decoding alone"),
     ],
     "memory.py": [

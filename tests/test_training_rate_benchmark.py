@@ -129,9 +129,12 @@ def test_the_share_is_of_the_stages_alone():
     split = with_framework(stages | {"to the training process": 0.003}, training_s=0.05)
     assert [*split] == [*STAGES, *ADDED]
     assert split["framework"] == pytest.approx(0.05 - 0.002 - 4 * 0.01)
-    found = attainable(split, cores=2, reached=30.0)
+    twice = {stage: 2 * taken_s for stage, taken_s in split.items()}  # the machine is slower
+    found = attainable([(split, 30.0), (twice, 16.0), (split, 34.0)], cores=2)
     assert found["attainable, images/s"] == pytest.approx(2 / 0.05)
-    assert found["share"] == pytest.approx(0.75)
+    assert found["reached, images/s"] == 30.0
+    assert found["share"] == pytest.approx(0.8)
+    assert (found["lowest share"], found["highest share"]) == pytest.approx((0.75, 0.85))
 
 
 @pytest.mark.slow
@@ -154,9 +157,8 @@ def test_one_record_has_the_rates_and_shares_of_one_rank_and_of_two(name, photos
         columns += ["cached features", "cached features, 2 ranks"]
     assert [*said["attainable"]] == [*said["core_s_an_image"]] == columns
     for column, found in said["attainable"].items():
-        rates = [t["per_s"] for t in said["timings"] if t["name"].startswith(f"{column}, loader")]
-        assert found["reached, images/s"] == max(rates) > 0
-        assert 0 < found["share"] < 2
+        assert found["reached, images/s"] > 0
+        assert 0 < found["lowest share"] <= found["share"] <= found["highest share"] < 2
         assert column in done.stdout
     assert said["core_s_an_image"][f"{LIVE}, 2 ranks"]["all-reduce"] > 0
     assert said["attainable"][PAPER]["times the paper's way"] == 1
