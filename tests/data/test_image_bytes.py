@@ -88,6 +88,28 @@ def test_jpeg_of_more_scans_than_any_encoder_writes_is_refused():
             checked_header(jpeg_with_scans(num_scans), 1.0)
 
 
+def test_sequential_jpeg_of_many_scans_is_refused():
+    """Only where the first scan is all of the picture are others not looked for."""
+    content = encoded(64, 48, "JPEG")
+    start = content.rindex(b"\xff\xda")
+    one_of_three = bytes([1]) + content[start + 5 : start + 7] + bytes([0, 63, 0])
+    scan = b"\xff\xda" + (len(one_of_three) + 2).to_bytes(2, "big") + one_of_three
+    checked_header(content[:start] + scan * 100 + b"\xff\xd9", 1.0)
+    with pytest.raises(BadSample, match="more than 100 scans"):
+        checked_header(content[:start] + scan * 101 + b"\xff\xd9", 1.0)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_comes_after_the_picture_does_not_hide_that_it_is_cut_off(progressive):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), (90, 20, 200)).save(buffer, "JPEG", progressive=progressive)
+    content = buffer.getvalue()
+    for junk in (b"junk", b"\xff\xd9", b"\xff\xd9junk"):
+        assert check_image_decodes(content + junk, 1.0).kind == "jpg"
+    with pytest.raises(BadSample, match="cut off"):
+        checked_header(content[:-2] + b"junk", 1.0)
+
+
 def test_file_too_large_to_be_read_is_refused(monkeypatch):
     content = encoded(20, 20, "PNG")
     monkeypatch.setattr(image_bytes, "MAX_IMAGE_BYTES", len(content))
