@@ -143,10 +143,10 @@ def make_shards(photos: Path, work: Path, num_items: int, num_tags: int) -> None
         num_items: of which an eighth, and at most 256, are for validation.
         num_tags: of the vocabulary; an item has 4 to 60 of them.
     """
-    from loader import SAMPLES_PER_SHARD
     from magneto_dist.data.sample import Sample
     from magneto_dist.data.writer import write_dataset
     from magneto_dist.vocabulary import Vocabulary
+    from our_loaders import SAMPLES_PER_SHARD
     from photographs import make_photographs, write_files
 
     if (work / "shards" / "dataset.json").exists():

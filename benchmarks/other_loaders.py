@@ -26,7 +26,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 if TYPE_CHECKING:
-    from loader import Setting
+    from our_loaders import Setting
 
 SCALE, ASPECT = (0.3, 1.0), (3 / 4, 4 / 3)
 

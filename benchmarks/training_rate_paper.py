@@ -17,11 +17,11 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 from torchvision.models import get_model
 
-from loader import Setting
 from magneto_dist.batch import Prediction
 from magneto_dist.config import ModelConfig
 from magneto_dist.model.magneto import build_model
 from other_loaders import PictureFiles
+from our_loaders import Setting
 from training_rate_data import Case
 
 _STEM = 4  # children of torchvision's ResNets before the first block

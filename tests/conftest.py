@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from warm import Warm, end_shared, shared
 
 # Before torch is imported: several test processes share the cores, and threads that wait spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Background jobs of a shell ignore Ctrl-C, and so would all that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Shared runners stall now and then: how long an example takes is no property of the code.
 settings.register_profile("default", deadline=None)

@@ -4,7 +4,6 @@ python tests/forked_grid.py OPTIONS_OF_REPRODUCE_LS
 """
 
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -16,5 +15,4 @@ from reproduce_runs import Processes
 
 if __name__ == "__main__":
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     exit_with_clear_errors(lambda: reproduce_ls.main(None, Processes("fork")))
