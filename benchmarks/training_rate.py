@@ -58,7 +58,7 @@ from training_rounds import ENDLESS
 
 PAPER, LIVE, CACHED = "the paper's way", "this system", "cached features"
 TIMES = "times the paper's way"
-WINDOWS, CACHED_WINDOWS = 2, 8  # of steps between two lines of the log
+WINDOWS, CACHED_WINDOWS = 2, 4  # of steps between two lines of the log
 RANKS = 2
 SLICE_S = 0.5
 _LOOK_S = 0.02  # looking takes time of the cores
@@ -287,6 +287,7 @@ def _ours(case: Case, workers: int, ranks: int, *more: str, windows: int = WINDO
                 f"--data.num_workers={workers}",
                 f"--output_dir={run_dir}",
                 f"--max_steps={last + case.warm_steps}",
+                f"--train.epochs={ENDLESS}",
                 f"--train.eval_every_epochs={ENDLESS}",
                 f"--log.every_steps={first}",
                 *more,
@@ -301,6 +302,8 @@ def _ours(case: Case, workers: int, ranks: int, *more: str, windows: int = WINDO
         if process.wait() != 0:
             said.seek(0)
             raise InputError(reason_of(said.read()))
+    if not 0 < start_s < end_s:
+        raise InputError(f"{case.name}: steps {first} to {last} were over before anybody looked")
     items = (last - first) * case.batch
     return _cost(start_s, end_s, (after_s - before_s) / items, items)
 
