@@ -39,8 +39,9 @@ class _Command:
 
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> None:
         self._name, self._slices = name, list[tuple[float, float]]()
-        # Files and not pipes: a process that is left over would keep a pipe open.
-        self._said, self._complaints = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115
+        # Files and not pipes: a process that is left over would keep a pipe open. Opened to append,
+        # for the place that is read here is also where the command would write.
+        self._said, self._complaints = (tempfile.TemporaryFile("a+") for _ in range(2))  # noqa: SIM115
         self._process = psutil.Popen(command, stdout=self._said, stderr=self._complaints, env=env)
         self._members: list[psutil.Process] = [self._process]
 
