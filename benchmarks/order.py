@@ -95,7 +95,7 @@ def measure_cost(sizes: tuple[int, ...], batch: int, num_ranks: int) -> dict[str
     seek_s = time.perf_counter() - started_at_s
     times_seen = np.zeros(num_samples, dtype=np.uint8)
     started_at_s = time.perf_counter()
-    for step, rank, micro_step in product(range(steps), range(num_ranks), range(plan.micro_steps)):
+    for rank, step, micro_step in product(range(num_ranks), range(steps), range(plan.micro_steps)):
         ids = micro_batch_sample_ids(order, plan, 0, step, rank, micro_step)
         times_seen[ids[ids >= 0]] += 1
     epoch_s = time.perf_counter() - started_at_s

@@ -99,7 +99,7 @@ class Batch:
         return {name: tensor for name, tensor in large.items() if tensor is not None}
 
     def pin_memory(self) -> Batch:
-        """This batch in page-locked memory (called by torch's DataLoader)."""
+        """This batch in page-locked memory."""
         return replace(self, **{name: t.pin_memory() for name, t in self._tensors().items()})
 
     def inputs(self) -> dict[str, Tensor | None]:

@@ -199,8 +199,6 @@ def inputs_of(run: TrainedRun, items: Items) -> Inputs:
         raise InputError("no items to compare the exported model on; name others with --check")
     batches = ScoringBatches(items, run.vocabulary, run.config, keep_pictures=False)
     batch = batches[range(size)]
-    if isinstance(batch, InputError):
-        raise batch
     usable = [row for row, item in enumerate(batch.items) if item.error is None]
     if not usable:
         raise InputError(

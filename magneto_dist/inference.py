@@ -24,10 +24,9 @@ from magneto_dist.data.augment import evaluation_augmentation
 from magneto_dist.data.decode_cpu import CpuDecoder
 from magneto_dist.data.items import Items
 from magneto_dist.data.micro_batch import GREY
+from magneto_dist.data.pool import run_loader
 from magneto_dist.data.sample import BadSample, Sample
 from magneto_dist.data.tags import tag_rows
-from magneto_dist.data.workers import run_loader
-from magneto_dist.errors import InputError
 from magneto_dist.trained_run import TrainedRun
 from magneto_dist.vocabulary import Vocabulary
 
@@ -109,11 +108,8 @@ class ScoringBatches(torch.utils.data.Dataset[Any]):
     keep_pictures: bool
     """Encoded, as they came."""
 
-    def __getitem__(self, numbers: range) -> _ScoringBatch | InputError:
-        try:
-            samples = self.items.read(numbers)
-        except InputError as error:  # as a value: torch would wrap a raised one
-            return error
+    def __getitem__(self, numbers: range) -> _ScoringBatch:
+        samples = self.items.read(numbers)
         known = [_known_tags(sample, self.vocabulary) for sample in samples]
         slots = tag_rows(
             [self.vocabulary.ids(tags) for tags in known],

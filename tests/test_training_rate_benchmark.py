@@ -138,6 +138,7 @@ def test_the_share_is_of_the_stages_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["ls", "nuswide"])
 def test_one_record_has_the_rates_and_shares_of_one_rank_and_of_two(name, photos, tmp_path):
     out = tmp_path / "größe"

@@ -27,12 +27,12 @@ from magneto_dist.data.encoded_images import EncodedImages
 from magneto_dist.data.feature_files import FeatureViews
 from magneto_dist.data.micro_batch import MicroBatches
 from magneto_dist.data.order import BatchPlan
+from magneto_dist.data.pool import run_loader
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.stages import load_stages
 from magneto_dist.data.workers import (
     cores_per_rank,
     default_num_workers,
-    run_loader,
     start_fork_server,
 )
 from magneto_dist.errors import InputError

@@ -35,7 +35,6 @@ from magneto_dist.data.sample import Sample
 from magneto_dist.data.shards import Dataset
 from magneto_dist.data.stream import Record, SampleReader, Stage, load_rows
 from magneto_dist.data.tags import tag_rows
-from magneto_dist.errors import InputError
 
 GREY = 127
 
@@ -72,8 +71,8 @@ class Encoded:
 class MicroBatches(torch.utils.data.Dataset):
     """The micro-batches of one rank by number: step * micro_steps + micro_step.
 
-    Gives a Batch, or ForDali where pictures are decoded elsewhere. An InputError is given as a
-    value too: torch would wrap a raised one into a traceback.
+    Gives a Batch, or ForDali where pictures are decoded elsewhere; an InputError is raised where a
+    shard cannot be read.
     """
 
     dataset: Dataset
@@ -110,19 +109,16 @@ class MicroBatches(torch.utils.data.Dataset):
         """Micro-batches of an epoch; numbers go on over the epochs."""
         return self.plan.steps_per_epoch(self.order.num_samples) * self.plan.micro_steps
 
-    def __getitem__(self, number: int) -> Batch | ForDali | InputError:
+    def __getitem__(self, number: int) -> Batch | ForDali:
         step, micro_step = divmod(number, self.plan.micro_steps)
         epoch, sample_ids = self._sample_ids(number)
         if self._read_ahead is not None:
             later = number + self.config.data.read_ahead_steps * self.plan.micro_steps
             wanted = (sample_ids, self._sample_ids(later)[1])
             self._read_ahead.want(name for ids in wanted for name in self._reader.files(ids))
-        try:
-            encoded = self.encode(sample_ids, step=step, micro_step=micro_step, epoch=epoch)
-            if self.features is not None:
-                return self.with_features(encoded.batch, encoded.shards)
-        except InputError as error:
-            return error
+        encoded = self.encode(sample_ids, step=step, micro_step=micro_step, epoch=epoch)
+        if self.features is not None:
+            return self.with_features(encoded.batch, encoded.shards)
         if self.pictures == "none":
             return encoded.batch
         if self.pictures == "encoded":

@@ -22,6 +22,8 @@ from jaxtyping import Int32, Int64
 from magneto_dist.data.randomness import random_bits
 from magneto_dist.errors import InputError
 
+_STEPS_AT_ONCE = 16
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -142,11 +144,10 @@ class Order:
         2^k visits every residue modulo 2^k once; bit reversal sorts by residue first. So the j-th
         of 2^k equal parts always holds the same spans, also where a batch is smaller than S.
         """
-        rows = np.arange(first_row, last_row)
         if not self.shuffle:
-            return rows
-        reversed_span = _bit_reversal(self.num_streams)[rows % self.num_streams]
-        return rows[np.argsort(reversed_span, kind="stable")]
+            return np.arange(first_row, last_row)
+        first_span = first_row % self.num_streams
+        return first_row + _layout(first_span, last_row - first_row, self.num_streams)
 
     def _place(self, epoch: int, rows: Int64[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
         """Row -> place in the epoch's permuted shards."""
@@ -185,13 +186,36 @@ def micro_batch_sample_ids(
     The rows of the step fill the slots without gaps, rank by rank and within a rank micro-step by
     micro-step; slots after the last row are padding.
     """
-    first_row = step_in_epoch * plan.global_batch_size
-    last_row = min(first_row + plan.global_batch_size, order.num_samples)
-    first_slot = (rank * plan.micro_steps + micro_step) * plan.micro_batch_size
-    rows = order.layout(first_row, last_row)[first_slot : first_slot + plan.micro_batch_size]
-    ids = np.full(plan.micro_batch_size, -1, dtype=np.int64)
-    ids[: rows.size] = order.sample_ids(epoch, rows)
-    return ids
+    block, place = divmod(step_in_epoch, _STEPS_AT_ONCE)
+    return _sample_ids_of_block(order, plan, epoch, block, rank)[place, micro_step].copy()
+
+
+# To find the samples of one step takes numpy as long as to find those of many. Two entries for
+# where a rank is, and two for where it will be (read-ahead).
+@lru_cache(maxsize=4)
+def _sample_ids_of_block(
+    order: Order, plan: BatchPlan, epoch: int, block: int, rank: int
+) -> Int64[np.ndarray, "step micro_step micro_batch"]:
+    """Those of one rank in _STEPS_AT_ONCE steps, as far as the epoch has so many."""
+    rows_of_rank = plan.micro_steps * plan.micro_batch_size
+    rows = np.full((_STEPS_AT_ONCE, rows_of_rank), -1, dtype=np.int64)
+    for place in range(_STEPS_AT_ONCE):
+        first_row = (block * _STEPS_AT_ONCE + place) * plan.global_batch_size
+        last_row = min(first_row + plan.global_batch_size, order.num_samples)
+        if first_row < last_row:
+            of_step = order.layout(first_row, last_row)
+            of_rank = of_step[rank * rows_of_rank : (rank + 1) * rows_of_rank]
+            rows[place, : of_rank.size] = of_rank
+    is_used = rows >= 0
+    rows[is_used] = order.sample_ids(epoch, rows[is_used])
+    return rows.reshape(_STEPS_AT_ONCE, plan.micro_steps, plan.micro_batch_size)
+
+
+@lru_cache(maxsize=16)
+def _layout(first_span: int, num_rows: int, num_streams: int) -> Int64[np.ndarray, " row"]:
+    """`Order.layout` of rows that begin with this span, counted from the first of them."""
+    spans = (first_span + np.arange(num_rows)) % num_streams
+    return np.argsort(_bit_reversal(num_streams)[spans], kind="stable")
 
 
 # Permutations are the order of our own hashes, not numpy's generator: they may never change. All

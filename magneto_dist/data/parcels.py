@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
+
+from magneto_dist.errors import InputError
 
 _LARGE_BYTES = 1 << 18
 _START = 64  # byte of a slot where its tensor begins: any dtype may begin there
@@ -45,7 +47,7 @@ class _Place:
     """A tensor in a slot."""
 
     slot: int
-    """Number of the slot in its loader process."""
+    """Number of the slot."""
     memory: Tensor | None
     """Bytes of the slot, when it is new to the training process."""
     start: int
@@ -66,8 +68,6 @@ class _Place:
 class Parcel:
     """An item as it is sent."""
 
-    worker: int
-    """Loader process that the slots belong to."""
     places: tuple[_Place, ...]
     """Of the large tensors."""
     rest: bytes
@@ -103,8 +103,7 @@ class Packing(Dataset[Parcel]):
                 self._states[number][0] = _FREE
             self._taken.clear()
         self._sent.update(place.slot for place in places)
-        worker = get_worker_info()
-        return Parcel(worker.id if worker else 0, places, rest)
+        return Parcel(places, rest)
 
     def take_slot(self, num_bytes: int) -> Tensor:
         """A slot that is free and large enough, from now on in use."""
@@ -120,7 +119,14 @@ class Packing(Dataset[Parcel]):
             if len(self._slots[number]) >= num_bytes:
                 return number
         number = free[0] if free else len(self._slots)
-        slot = torch.zeros(num_bytes, dtype=torch.uint8).share_memory_()
+        try:
+            slot = torch.zeros(num_bytes, dtype=torch.uint8).share_memory_()
+        except RuntimeError as error:
+            raise InputError(
+                f"no shared memory for a micro-batch of a loader process ({error}): make /dev/shm"
+                " larger (docker run --ipc=host), lower --data.num_workers or"
+                " --data.prefetch_batches, or set --train.overlap false"
+            ) from None
         self._slots[number : number + 1] = [slot]
         self._states[number : number + 1] = [slot.numpy().data[:1]]
         self._sent.discard(number)
@@ -151,7 +157,7 @@ _packing: Packing | None = None
 
 
 class Unpacking:
-    """Makes items of parcels again.
+    """Makes items of one loader process's parcels again.
 
     Args:
         pin: put large tensors into page-locked memory.
@@ -159,18 +165,18 @@ class Unpacking:
 
     def __init__(self, pin: bool) -> None:
         self._pin = pin
-        self._slots: dict[tuple[int, int], Tensor] = {}
+        self._slots: dict[int, Tensor] = {}
 
     def __call__(self, parcel: Parcel) -> Any:
         """The item in `parcel`."""
-        slots = {place.slot: self._slot(parcel.worker, place) for place in parcel.places}
+        slots = {place.slot: self._slot(place) for place in parcel.places}
         large = [place.view(slots[place.slot]) for place in parcel.places]
         return _Join(parcel.rest, [self._pinned(tensor) for tensor in large]).load()
 
-    def _slot(self, worker: int, place: _Place) -> Tensor:
+    def _slot(self, place: _Place) -> Tensor:
         if place.memory is not None:
-            self._slots[worker, place.slot] = place.memory
-        return _freed_when_dropped(self._slots[worker, place.slot])
+            self._slots[place.slot] = place.memory
+        return _freed_when_dropped(self._slots[place.slot])
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._pin else tensor

@@ -14,7 +14,7 @@ from magneto_dist.config import AugmentConfig, Config, TagsConfig
 from magneto_dist.data.micro_batch import MicroBatches
 from magneto_dist.data.order import BatchPlan
 from magneto_dist.data.parcels import Packing, Unpacking, empty
-from magneto_dist.data.workers import run_loader
+from magneto_dist.data.pool import run_loader
 
 PIXELS = 300_000  # above what counts as large
 

@@ -18,31 +18,56 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from magneto_dist.data.workers import default_num_workers, run_loader
+from magneto_dist.data.pool import run_loader
+from magneto_dist.data.workers import default_num_workers
 from magneto_dist.errors import InputError
 
 
-class Squares(Dataset):
-    """Gives (number squared, process, its torch threads), or `mischief` at one number."""
+class OddError(Exception):
+    """Cannot be sent: it is made of something else than what it keeps."""
 
-    def __init__(self, mischief: tuple[int, str] = (-1, "")) -> None:
-        self.mischief = mischief
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"{reason} at {number}")
+
+
+class Squares(Dataset):
+    """Gives (number squared, process, its torch threads), or `mischief` at some numbers."""
+
+    def __init__(self, *mischief: tuple[int, str]) -> None:
+        self.mischief = dict(mischief)
 
     def __getitem__(self, number: int):
-        at, what = self.mischief
-        if number == at and what == "killed":
+        what = self.mischief.get(number)
+        if what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        if number == at and what == "stuck":
+        if what == "stuck":
             time.sleep(600)
-        if number == at and what == "deaf":  # holds the interpreter: no other thread runs
+        if what == "deaf":  # holds the interpreter: no other thread runs
             re.fullmatch("(a+)+b", "a" * 60)
-        if number == at and what == "late":
+        if what == "late":
             time.sleep(1.5)
-        if number == at and what == "bug":
+        if what == "bug":
             raise KeyError("a bug")
-        if number == at and what == "input":
-            return InputError("shard x: broken")
+        if what == "odd bug":
+            raise OddError(number, "a bug")
+        if what == "input":
+            raise InputError("shard x: broken")
         return torch.tensor(number**2), os.getpid(), torch.get_num_threads()
+
+
+class Notes(Dataset):
+    """Notes in a folder what was made; the first waits until there are some `others`."""
+
+    def __init__(self, folder: Path, others: int = 0) -> None:
+        self.folder, self.others = folder, others
+
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        deadline_s = time.monotonic() + 20
+        while number == 0 and len(os.listdir(self.folder)) < self.others:  # noqa: PTH208
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        (self.folder / str(number)).touch()
+        return number, os.getpid()
 
 
 def run(dataset: Dataset, tokens: range, num_workers: int, timeout_s: float = 0.0):
@@ -86,7 +111,7 @@ def random_states() -> list:
 
 def test_items_come_in_order_from_processes_with_one_thread_that_end_early_and_late():
     before = random_states()
-    items = list(run(Squares(), range(3, 14), 2))
+    items = list(run(Squares((3, "late")), range(3, 14), 2))
     assert [int(square) for square, _, _ in items] == [n**2 for n in range(3, 14)]
     pids = {pid for _, pid, _ in items}
     assert len(pids) == 2
@@ -94,7 +119,7 @@ def test_items_come_in_order_from_processes_with_one_thread_that_end_early_and_l
     assert {threads for _, _, threads in items} == {1}
     assert not wait_for_end(pids, 5)
 
-    iterator = run(Squares(), range(1_000_000), 2)
+    iterator = run(Squares((0, "late")), range(1_000_000), 2)
     pids = {next(iterator)[1] for _ in range(4)}
     iterator.close()
     assert not wait_for_end(pids, 5)
@@ -119,11 +144,38 @@ def test_errors_of_the_user_come_through_as_they_are_and_bugs_with_their_type(nu
         list(run(Squares((1, "bug")), range(3), num_workers))
 
 
+def test_an_error_comes_in_its_place():
+    items = run(Squares((2, "late"), (3, "input")), range(6), 2)
+    assert [int(next(items)[0]) for _ in range(3)] == [0, 1, 4]
+    with pytest.raises(InputError, match="broken"):
+        next(items)
+
+
+def test_a_process_that_takes_long_holds_no_other_up(tmp_path):
+    dataset = Notes(tmp_path, others=7)
+    items = list(run_loader(dataset, range(20), num_workers=2, prefetch=4, pin=False))
+    assert [number for number, _ in items] == [*range(20)]
+    first, *others = [pid for _, pid in items[:8]]
+    assert len({*others}) == 1
+    assert first not in others
+
+
+def test_a_bug_tells_where_it_happened_in_its_process():
+    with pytest.raises(KeyError) as bug:
+        list(run(Squares((1, "bug")), range(3), 1))
+    (note,) = bug.value.__notes__
+    assert 'raise KeyError("a bug")' in note
+    with pytest.raises(RuntimeError, match="OddError: a bug at 1"):
+        list(run(Squares((1, "odd bug")), range(3), 1))
+
+
 def test_a_killed_process_is_a_clear_error_and_its_neighbours_end():
     items = run(Squares((8, "killed")), range(100), 2)
     pids = {next(items)[1] for _ in range(2)}
     started_at_s = time.monotonic()
-    with pytest.raises(InputError, match=r"loader process was ended from outside.*num_workers"):
+    with pytest.raises(
+        InputError, match=r"loader process was ended from outside \(SIGKILL\).*num_workers"
+    ):
         list(items)
     assert time.monotonic() - started_at_s < 20
     assert not wait_for_end(pids, 10)
@@ -137,7 +189,7 @@ SCRIPT = """
     if __name__ == "__main__":
         stopped = []
         signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-        items = run(Squares(), range(60), 2)
+        items = run(Squares((0, "late")), range(60), 2)
         print(os.getpid(), *{{next(items)[1] for _ in range(4)}}, flush=True)
         while not stopped:
             time.sleep(0.01)
@@ -192,8 +244,23 @@ def test_a_process_that_hangs_is_one_clear_error_and_none_is_left(mischief):
     assert not wait_for_end(pids, 1)
 
 
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_a_process_is_no_further_ahead_than_it_may(prefetch, tmp_path):
+    items = run_loader(Notes(tmp_path), range(40), num_workers=2, prefetch=prefetch, pin=False)
+    for number in range(3):
+        assert next(items)[0] == number
+        allowed = {tmp_path / str(other) for other in range(number + 1 + 2 * prefetch)}
+        deadline_s = time.monotonic() + 10
+        while (made := set(tmp_path.iterdir())) < allowed and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert made == allowed
+    time.sleep(0.2)
+    assert set(tmp_path.iterdir()) == allowed
+    items.close()
+
+
 def test_a_process_that_is_late_loses_nothing(monkeypatch):
-    monkeypatch.setattr("magneto_dist.data.workers._LOOK_S", 0.2)
+    monkeypatch.setattr("magneto_dist.data.pool._LOOK_S", 0.2)
     items = run(Squares((6, "late")), range(12), 2, timeout_s=30.0)
     assert [int(square) for square, _, _ in items] == [n**2 for n in range(12)]
 
