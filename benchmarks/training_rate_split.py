@@ -4,8 +4,8 @@ Processor time, not time on the clock, so that others on the machine disturb lit
 all cores do the same (`training_rate.py` starts as many processes): they share cache and memory.
 
 1. Loading in this process: reading, decoding, augmenting. Through one loader process: what that and
-   this process take more is the way of a batch from one to the other. Two lengths of the same are
-   subtracted, so that starting costs nothing. Ranks load for themselves.
+   this process take more is the way of a batch from one to the other. Of both a short length is
+   taken off a long one, so that starting costs nothing. Ranks load for themselves.
 2. The frozen forward pass; all else of forward and backward pass; the optimizer; with several ranks
    all of whom do this at once, as many bytes reduced as gradients have.
 3. `framework` is what the training processes of the whole way take beyond the stages in them.
@@ -64,6 +64,7 @@ _LOAD, _FROZEN, _TRAINED, _OPTIMIZER, _REDUCE = STAGES
 _SEND, _FRAMEWORK = ADDED
 _HERE = "in the training process"  # of loading and sending
 _FEW_STEPS = 2
+_LOADED_IMAGES = 1024
 
 Split = dict[str, float]
 """Core-seconds an image by the name of a stage."""
@@ -84,7 +85,7 @@ def split_of_paper(case: Case) -> Split:
         forward_backward_of_paper(network, case, item)
 
     return {
-        **_loading(partial(batches_of_paper, case), case.steps, case.batch, ranks=1),
+        **_loading(partial(batches_of_paper, case), case.batch, ranks=1),
         **_training(
             lambda: frozen(item[0]),
             compute,
@@ -129,7 +130,7 @@ def split_of_ours(case: Case, *, cached: bool) -> Split:
     buckets = gradient_buckets(model, hook, session.device) if ranks > 1 else []
     images = case.batch / ranks
     split = {
-        **_loading(batches, case.steps, images, ranks),
+        **_loading(batches, images, ranks),
         **_training(frozen, compute, optimizer, buckets, images, case.set_up.repeats),
     }
     each = session.gather(split)
@@ -194,17 +195,23 @@ def _our_batches(
     return loader.batches(1, steps)
 
 
-def _loading(batches: Batches, steps: int, images: float, ranks: int) -> Split:
+def _loading(batches: Batches, images: float, ranks: int) -> Split:
     """`images` are those of a rank in a step."""
-    load = _loaded(batches, 0, steps)[0] / (steps * images)
+    (load, _) = _loaded_apart(batches, 0, images)
     if ranks > 1:  # without loader processes, which would take cores from other ranks
         return {_LOAD: load, _SEND: 0.0, _HERE: load}
-    few, all_of_them = (_loaded(batches, 1, number) for number in (_FEW_STEPS, steps))
-    here, there = (
-        (more - less) / ((steps - _FEW_STEPS) * images)
-        for less, more in zip(few, all_of_them, strict=True)
-    )
+    here, there = _loaded_apart(batches, 1, images)
     return {_LOAD: load, _SEND: here + there - load, _HERE: here}
+
+
+def _loaded_apart(batches: Batches, workers: int, images: float) -> tuple[float, float]:
+    """Core-seconds an image of this process and of its loader processes, without their start."""
+    more_steps = max(round(_LOADED_IMAGES / images), 1)
+    few, all_of_them = (_loaded(batches, workers, n) for n in (_FEW_STEPS, _FEW_STEPS + more_steps))
+    here, there = (
+        (more - less) / (more_steps * images) for less, more in zip(few, all_of_them, strict=True)
+    )
+    return here, there
 
 
 def _loaded(batches: Batches, workers: int, steps: int) -> tuple[float, float]:

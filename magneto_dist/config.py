@@ -76,7 +76,8 @@ class DataConfig:
     num_workers: int | None = None
     """Loader processes per rank; 0: none, load in the training process; None: cores - 1, 1 to 8."""
     prefetch_batches: int = 4
-    """Micro-batches for each loader process that may be made ahead, by whichever is free."""
+    """Micro-batches for each loader process that may be made ahead, by whichever is free; where the
+    others stand still, one has the memory of all."""
     dali_queue_depth: int = 2
     """DALI decoders: micro-batches decoded before they are needed, per rank, in the memory of the
     decoder's device (256 pictures of 224 px: 39 MB)."""

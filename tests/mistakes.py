@@ -200,12 +200,6 @@ MISTAKES: dict[str, Sequence[Mistake]] = {
             needs_mounts=True,
         ),
         Mistake(
-            "/dev/shm is full",
-            "mount -t tmpfs -o size=4k tmpfs /dev/shm && python launchers/train_ls.py"
-            " --data.path shards --output_dir new --data.num_workers 1",
-            needs_mounts=True,
-        ),
-        Mistake(
             "/dev/shm is too small, as in a container",
             "mount -t tmpfs -o size=1m tmpfs /dev/shm && python launchers/train_ls.py"
             " --data.path shards --output_dir new --data.num_workers 1 --augment.image_size 224",

@@ -113,8 +113,9 @@ def test_the_papers_network_freezes_what_ours_does_but_lets_statistics_drift(cas
     assert network.tag_embedding.vectors.weight.grad is not None
 
 
-def test_stages_of_both_ways_are_found(case):
+def test_stages_of_both_ways_are_found(case, monkeypatch):
     torch.set_num_threads(1)
+    monkeypatch.setattr("training_rate_split._LOADED_IMAGES", 64)
     paper, ours = split_of_paper(case), split_of_ours(case, cached=False)
     for split in (paper, ours):
         difference = "trained forward, backward"  # below 0 now and then: two short times

@@ -24,7 +24,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from magneto_dist.data.parcels import Unpacking
-from magneto_dist.data.workers import serve, start_fork_server
+from magneto_dist.data.workers import MAX_TOKEN_BYTES, serve, start_fork_server
 from magneto_dist.errors import InputError
 
 _LOOK_S = 1.0  # between two looks whether anybody still wants items
@@ -56,17 +56,31 @@ def run_loader(
 
     Raises:
         InputError: a loader process was killed, or gave nothing for too long.
-        Exception: of the data set; from a loader process with its traceback as a note.
+        Exception: of the data set; from a loader process with its traceback as a note, or as a
+            RuntimeError with it where it cannot be sent.
     """
     num_workers = min(num_workers, len(tokens))
     if num_workers > 0:
-        pool = _Pool(dataset, tokens, num_workers, prefetch, pin)
+        with _starting():
+            start_fork_server()
+            pool = _Pool(dataset, tokens, num_workers, prefetch, pin)
         items = pool.items(timeout_s, closing or threading.Event())
     else:
         items = (dataset[token] for token in tokens)
     with contextlib.closing(items):
         for item in items:
             yield item.pin_memory() if pin else item
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError) as error:
+        raise InputError(
+            f"loader processes cannot start ({error!r}): too few files may be open (ulimit -n), or"
+            " there may be too few processes (ulimit -u): raise that, or use --data.num_workers 0"
+        ) from None
 
 
 class _Pool:
@@ -82,9 +96,10 @@ class _Pool:
     ) -> None:
         self._dataset, self._tokens, self._pin = dataset, tokens, pin
         self._num_workers, self._most_ahead = num_workers, num_workers * prefetch
-        # Whole messages, of which each is received by one process.
+        # Of whole messages, each of which is received by one process.
         self._queue, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._queue.setblocking(False)
+        self._poll = select.poll()
         self._workers: dict[int, _Worker] = {}
         """By the descriptors of their pipes."""
         self._num_given = 0
@@ -94,35 +109,34 @@ class _Pool:
     def items(self, timeout_s: float, closing: threading.Event) -> Generator[Any, None, None]:
         """One for each token, in order."""
         try:
-            self._start()
+            with _starting(), self._theirs:
+                for _ in range(self._num_workers):
+                    self._start_worker()
             self._give(self._most_ahead)
             for number in range(len(self._tokens)):
                 if not self._has_arrived(number, timeout_s, closing):
                     return
-                item = self._arrived.pop(number)
-                if isinstance(item, Exception):
-                    raise item
+                if isinstance(self._arrived[number], Exception):
+                    raise self._arrived[number]
                 self._give(number + 1 + self._most_ahead)
-                yield item
+                yield self._arrived.pop(number)  # not kept here: it would hold its memory
         finally:
             self._end()
 
-    def _start(self) -> None:
-        start_fork_server()
-        with self._theirs:
-            for _ in range(self._num_workers):
-                worker = _Worker(self._dataset, self._theirs, self._pin)
-                self._workers[worker.descriptor] = worker
-        self._poll = select.poll()
-        for descriptor in self._workers:
-            self._poll.register(descriptor, select.POLLIN)
+    def _start_worker(self) -> None:
+        worker = _Worker(self._dataset, self._theirs, self._pin)
+        self._workers[worker.descriptor] = worker
+        self._poll.register(worker.descriptor, select.POLLIN)
 
     def _give(self, end: int) -> None:
         """Tokens up to this number, as far as the queue has room."""
         # Where no process lives any more, the end of their pipes tells.
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while self._num_given < min(end, len(self._tokens)):
-                self._queue.send(pickle.dumps((self._num_given, self._tokens[self._num_given])))
+                message = pickle.dumps((self._num_given, self._tokens[self._num_given]))
+                if len(message) > MAX_TOKEN_BYTES:
+                    raise ValueError(f"a token of {len(message)} bytes, pickled")
+                self._queue.send(message)
                 self._num_given += 1
 
     def _has_arrived(self, number: int, timeout_s: float, closing: threading.Event) -> bool:
@@ -135,7 +149,8 @@ class _Pool:
                 self._arrived[made] = item
             if closing.is_set():
                 return False
-            if timeout_s and time.monotonic() - asked_at_s >= timeout_s:
+            waited_s = time.monotonic() - asked_at_s
+            if timeout_s and waited_s >= timeout_s and number not in self._arrived:
                 for worker in self._workers.values():
                     worker.process.kill()  # they would not listen
                 raise InputError(
@@ -149,41 +164,32 @@ class _Pool:
     def _end(self) -> None:
         """Ends processes: by themselves where they still listen, after the item that they make."""
         self._queue.close()
-        workers = self._workers.values()
-        for worker in workers:
+        for worker in self._workers.values():
             worker.hang_up()
-        deadline_s = time.monotonic() + _ENDS_WITHIN_S
-        for worker in workers:
-            worker.process.join(max(deadline_s - time.monotonic(), 0.0))
-        for worker in workers:
+        self._wait_for_ends()
+        for worker in self._workers.values():
             worker.process.kill()
-        for worker in workers:
-            worker.process.join(_ENDS_WITHIN_S)
+        self._wait_for_ends()
+
+    def _wait_for_ends(self) -> None:
+        deadline_s = time.monotonic() + _ENDS_WITHIN_S
+        for worker in self._workers.values():
+            worker.process.join(max(deadline_s - time.monotonic(), 0.0))
 
 
 class _Worker:
-    """A loader process as the training process sees it.
-
-    Raises:
-        InputError: it cannot start.
-    """
+    """A loader process as the training process sees it."""
 
     def __init__(self, dataset: Dataset[Any], queue: socket.socket, pin: bool) -> None:
         context = multiprocessing.get_context("forkserver")
         self._unpack = Unpacking(pin)
-        try:
-            self._pipe, theirs = context.Pipe(duplex=False)
+        self._pipe, theirs = context.Pipe(duplex=False)
+        with theirs:
             with contextlib.suppress(OSError):  # the user may have many large ones
                 fcntl.fcntl(theirs.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            with theirs:
-                arguments = (dict(os.environ), dataset, queue, theirs)
-                self.process = context.Process(target=serve, args=arguments, daemon=True)
-                self.process.start()
-        except OSError as error:
-            raise InputError(
-                f"loader processes cannot start ({error}): too few files may be open (ulimit -n):"
-                " raise that, or use --data.num_workers 0"
-            ) from None
+            arguments = (dict(os.environ), dataset, queue, theirs)
+            self.process = context.Process(target=serve, args=arguments, daemon=True)
+            self.process.start()
         self.descriptor = self._pipe.fileno()
 
     def take(self) -> tuple[int, Any]:
@@ -194,7 +200,7 @@ class _Worker:
         """
         try:
             number, received = self._pipe.recv()
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, RuntimeError) as error:  # of memory that cannot be received, too
             raise InputError(
                 f"a loader process was ended from outside ({self._end_of_it() or repr(error)}),"
                 " perhaps for want of memory or of shared memory (/dev/shm; docker run --ipc=host):"
@@ -208,7 +214,8 @@ class _Worker:
         code = self.process.exitcode
         if code is None:
             return ""
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        names = {number.value: number.name for number in signal.Signals}
+        return names.get(-code, f"exit code {code}")
 
     def hang_up(self) -> None:
         """Tells it that nobody wants its items any more."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -45,7 +47,7 @@ class Squares(Dataset):
         if what == "deaf":  # holds the interpreter: no other thread runs
             re.fullmatch("(a+)+b", "a" * 60)
         if what == "late":
-            time.sleep(1.5)
+            time.sleep(3)
         if what == "bug":
             raise KeyError("a bug")
         if what == "odd bug":
@@ -144,6 +146,16 @@ def test_errors_of_the_user_come_through_as_they_are_and_bugs_with_their_type(nu
         list(run(Squares((1, "bug")), range(3), num_workers))
 
 
+def test_more_may_be_made_ahead_than_the_queue_has_room_for():
+    items = run_loader(Squares(), range(2000), num_workers=2, prefetch=900, pin=False)
+    assert [int(square) for square, _, _ in items] == [n**2 for n in range(2000)]
+
+
+def test_a_token_that_is_too_large_is_refused():
+    with pytest.raises(ValueError, match=r"a token of 7\d{4} bytes"):
+        list(run_loader(Squares(), [b"x" * 70_000], num_workers=1, prefetch=1, pin=False))
+
+
 def test_an_error_comes_in_its_place():
     items = run(Squares((2, "late"), (3, "input")), range(6), 2)
     assert [int(next(items)[0]) for _ in range(3)] == [0, 1, 4]
@@ -179,6 +191,29 @@ def test_a_killed_process_is_a_clear_error_and_its_neighbours_end():
         list(items)
     assert time.monotonic() - started_at_s < 20
     assert not wait_for_end(pids, 10)
+
+
+@pytest.mark.parametrize("free", [0, 2, 4])
+def test_too_few_open_files_are_a_clear_error_and_nothing_stays_open(free):
+    list(run(Squares(), range(1), 1))  # the fork server is there
+    gc.collect()
+    before = os.listdir("/proc/self/fd")  # noqa: PTH208
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # With that of the listing, which is closed again, as many as there are below the limit.
+    fillers = [os.open(os.devnull, os.O_RDONLY) for _ in range(max(map(int, before)) + 8)]
+    try:
+        limit = max(fillers) + 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        for _ in range(free):
+            os.close(fillers.pop())
+        with pytest.raises(InputError, match=r"cannot start.*too few files.*ulimit -n"):
+            list(run(Squares(), range(1), 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for filler in fillers:
+            os.close(filler)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= len(before)  # noqa: PTH208
 
 
 SCRIPT = """
