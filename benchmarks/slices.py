@@ -19,6 +19,7 @@ from harness import reason_of
 from magneto_dist.errors import InputError
 
 _LOOK_S = 0.02
+_DIES_WITHIN_S = 10.0
 
 
 class Ran(NamedTuple):
@@ -51,7 +52,7 @@ class _Command:
     def __exit__(self, *_: object) -> None:
         self._stop()
         self._signal(signal.SIGKILL, self._members)
-        self._process.wait()
+        psutil.wait_procs(self._members, timeout=_DIES_WITHIN_S)
         self._said.close()
         self._complaints.close()
 
@@ -87,11 +88,11 @@ class _Command:
         return self._said.read().splitlines()
 
     def _stop(self) -> None:
-        """Stops all processes of the command, those that start others first."""
+        """Stops all processes of the command."""
+        self._signal(signal.SIGSTOP, self._members)  # before looking: what is stopped starts none
         while found := [each for each in self._tree() if each not in self._members]:
-            self._signal(signal.SIGSTOP, self._members)
+            self._signal(signal.SIGSTOP, found)
             self._members += found
-        self._signal(signal.SIGSTOP, self._members)
 
     def _tree(self) -> list[psutil.Process]:
         with suppress(psutil.NoSuchProcess):
